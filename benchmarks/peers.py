@@ -1,0 +1,142 @@
+"""The peers' kernels, each called as its own project calls it.
+
+``../shared/peers/get_peers DIR`` puts them into a folder, which every function here takes. Each maker returns a
+callable without arguments that runs one call, or raises ``Absent`` with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import lzma
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], torch.Tensor]
+
+
+class Absent(Exception):
+    """The peer cannot be had here, or does not take this case."""
+
+
+def load(peers: Path) -> dict[str, str]:
+    """Load the compiled peers and the one Triton file; a reason for each that is not there."""
+    absent = {}
+    packed = peers / "_vllm_fa3_C.abi3.so.xz"
+    unpacked = Path("/tmp") / "_vllm_fa3_C.abi3.so"
+    if packed.exists() and not unpacked.exists():
+        unpacked.write_bytes(lzma.decompress(packed.read_bytes()))
+    for name, path in (("FlashMLA", peers / "_flashmla_C.abi3.so"), ("FA3", unpacked)):
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            absent[name] = str(error)
+    try:
+        _load_vllm_triton(peers)
+    except (OSError, ImportError) as error:
+        absent["vLLM Triton"] = str(error)
+    return absent
+
+
+def _load_vllm_triton(peers: Path) -> None:
+    """Import vLLM's decode kernel file alone; what it wants of vLLM is two names."""
+    import triton
+    import triton.language as tl
+
+    platform = types.SimpleNamespace(
+        is_rocm=lambda: False, is_cuda=lambda: True, is_xpu=lambda: False, is_cuda_alike=lambda: True
+    )
+    for name, content in (
+        ("vllm", {}),
+        ("vllm.platforms", {"current_platform": platform}),
+        ("vllm.triton_utils", {"tl": tl, "triton": triton}),
+    ):
+        module = types.ModuleType(name)
+        module.__dict__.update(content)
+        sys.modules.setdefault(name, module)
+    path = peers / "vllm/v1/attention/ops/triton_decode_attention.py"
+    spec = importlib.util.spec_from_file_location("vllm_triton_decode", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(str(path))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["vllm_triton_decode"] = module
+    spec.loader.exec_module(module)
+
+
+def flash_mla(kwargs: dict, d_v: int) -> Call:
+    """FlashMLA's dense decode; the schedule is made once and shared, as a model's layers do."""
+    q, k = kwargs["q"], kwargs["k"]
+    if k.shape[1] != 64 or k.shape[-1] != 576:
+        raise Absent("blocks of 64 tokens and rows of 576 only")
+    batch = kwargs["seqused_k"].shape[0]
+    q4 = q.view(batch, -1, q.shape[1], q.shape[2])
+    state = {"metadata": None, "splits": None}
+
+    def run() -> torch.Tensor:
+        out, _lse, state["metadata"], state["splits"] = torch.ops._flashmla_C.dense_decode_fwd(
+            q4, k, d_v, kwargs["seqused_k"], kwargs["block_table"], kwargs["softmax_scale"],
+            kwargs.get("causal", False), state["metadata"], state["splits"], None,
+        )  # fmt: skip
+        return out.view(-1, q.shape[1], d_v)
+
+    return run
+
+
+def fa3(kwargs: dict, q_v: bool) -> Call:
+    """FlashAttention-3 as vLLM ships it; MLA in its ``q_v`` form."""
+    q, k, v = kwargs["q"], kwargs["k"], kwargs["v"]
+    latent = None
+    if q_v:
+        d_v = v.shape[-1]
+        latent, q = q[..., :d_v], q[..., d_v:]
+        k = k[..., d_v:]
+    batch, heads, kv_heads = kwargs["seqused_k"].shape[0], q.shape[1], k.shape[2]
+    longest, tokens = kwargs["max_seqlen_k"], kwargs["max_seqlen_q"]
+    causal = kwargs.get("causal", False)
+    metadata = torch.ops._vllm_fa3_C.get_scheduler_metadata(
+        batch, tokens, longest, heads, kv_heads, q.shape[-1], v.shape[-1], q.dtype,
+        kwargs["seqused_k"], kwargs["cu_seqlens_q"], None, None, None, None, k.shape[1], 0, causal,
+        -1, -1, False, 0, None, 0,
+    )  # fmt: skip
+
+    def run() -> torch.Tensor:
+        out, _lse, _a, _b = torch.ops._vllm_fa3_C.fwd(
+            q, k, v, None, None, latent, None, kwargs["cu_seqlens_q"], None, None, None,
+            kwargs["seqused_k"], tokens, longest, kwargs["block_table"], None, None, None, None, None,
+            None, None, None, kwargs["softmax_scale"], causal, -1, -1, 0.0, True, metadata, 0, None, 0,
+            None, 1, 0, None,
+        )  # fmt: skip
+        return out
+
+    return run
+
+
+def vllm_triton(kwargs: dict, is_mla: bool) -> Call:
+    """vLLM's Triton decode kernel with the number of splits that vLLM chooses."""
+    q, k, v = kwargs["q"], kwargs["k"], kwargs["v"]
+    if kwargs["max_seqlen_q"] > 1:
+        raise Absent("one query token only")
+    decode = sys.modules["vllm_triton_decode"].decode_attention_fwd
+    longest = kwargs["max_seqlen_k"]
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    # vllm/v1/attention/backends/mla/triton_mla.py: 512 keys a split, at most two programs a processor.
+    wanted = max(1, longest // 512)
+    splits = min(1 << (wanted - 1).bit_length(), 2 * processors)
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[-1], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[1], dtype=q.dtype, device=q.device)
+    logits = torch.empty(
+        q.shape[0], q.shape[1], splits, v.shape[-1] + 1, dtype=torch.float32, device=q.device
+    )
+    one = torch.ones((), dtype=torch.float32, device=q.device)
+
+    def run() -> torch.Tensor:
+        decode(
+            q, k, v, out, lse, kwargs["block_table"], kwargs["seqused_k"], logits, splits,
+            kwargs["softmax_scale"], k.shape[1], k_scale=one, v_scale=one, is_mla=is_mla,
+        )  # fmt: skip
+        return out
+
+    return run

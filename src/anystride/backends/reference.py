@@ -1,0 +1,42 @@
+"""The back end ``reference``: the float64 specification as something that can be called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anystride.problem import Call, Problem
+from anystride.reference import attention
+
+NAME = "reference"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Nothing to choose."""
+
+    scratch: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+
+
+def refusals(problem: Problem) -> list[str]:
+    """Runs everything, everywhere, slowly; reads values on the host, so not while a graph is captured."""
+    if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return ["a CUDA graph is being captured; the reference reads lengths and tables on the host"]
+    return []
+
+
+def choose_config(problem: Problem) -> Config:
+    """The one configuration."""
+    return Config()
+
+
+def run(problem: Problem, config: Config, call: Call, scratch: list[Tensor]) -> None:
+    """Write the float64 results, rounded once to the dtypes of ``out`` and ``lse``."""
+    out, lse = attention(problem, call)
+    starts = call.cu_seqlens_q.tolist()
+    for begin, end in zip(starts, starts[1:], strict=False):
+        call.out[begin:end].copy_(out[begin:end])
+        if call.lse is not None:
+            call.lse[:, begin:end].copy_(lse[:, begin:end])

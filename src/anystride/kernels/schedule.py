@@ -1,0 +1,162 @@
+"""Split the work of a step evenly over the processors, on the device, from the lengths.
+
+All units of all sequences lie on one axis of cost: a unit costs its steps plus ``overhead`` (what
+starting and finishing it costs, in steps). The axis is cut into equal parts; a part begins and ends anywhere,
+so one long sequence spreads over all processors and many short ones share one. The grid and the
+size of the result depend on shapes only.
+
+The result is int32, rows of 8: a header (see ``schedule_kernel``), then one row a part:
+``begin seq, unit, step; end seq, unit, step; parts of the end unit; whether it began in this part``.
+"""
+
+import triton
+import triton.language as tl
+
+from anystride.kernels.ranges import nominal_steps, num_units, sequence_facts
+
+WORDS_PER_PART = 8
+RUNTIME = [
+    "stride_cu_q", "stride_cu_k", "stride_seqused", "batch", "num_parts", "group_size",
+    "rows_per_unit", "window_left", "window_right", "overhead",
+]  # fmt: skip
+UNALIGNED = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr", "metadata_ptr"]
+SCHEDULE_MARK = tl.constexpr(0x5CED)  # first word of the header: tells a schedule from a zeroed buffer
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=UNALIGNED)
+def schedule_kernel(
+    cu_seqlens_q_ptr, stride_cu_q,
+    cu_seqlens_k_ptr, stride_cu_k,
+    seqused_k_ptr, stride_seqused,
+    metadata_ptr,
+    batch,
+    num_parts,
+    group_size,
+    rows_per_unit,
+    window_left,
+    window_right,
+    overhead,
+    WINDOWED: tl.constexpr,
+    TILE_SEQ: tl.constexpr,
+):  # fmt: skip
+    """One program a part: finds where its share of the cost begins and ends.
+
+    Grid: ``(num_parts,)``. Reads the lengths twice: once for the total, once to find the two cuts.
+    Header: ``mark, rows_per_unit, batch, used parts, 0, 0, 0, 0``; the decode kernel compares it with its own.
+    """
+    part = tl.program_id(0)
+    offs = tl.arange(0, TILE_SEQ)
+    total = tl.zeros([], tl.int64)
+    for first in range(0, batch, TILE_SEQ):
+        cost = _costs(
+            first + offs, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
+            seqused_k_ptr, stride_seqused, group_size, rows_per_unit, window_left, window_right,
+            overhead, WINDOWED,
+        )  # [TILE_SEQ]  # fmt: skip
+        total += tl.sum(cost, 0)
+    # No more parts than units of work: a part must hold at least one step.
+    used_parts = tl.maximum(tl.minimum(total // (overhead + 1), num_parts.to(tl.int64)), 1)
+    p = tl.minimum(part.to(tl.int64), used_parts)
+    begin = p * total // used_parts
+    end = tl.minimum(p + 1, used_parts) * total // used_parts
+
+    before = tl.zeros([], tl.int64)
+    begin_seq = tl.zeros([], tl.int32)
+    end_seq = tl.zeros([], tl.int32)
+    begin_base = tl.zeros([], tl.int64)
+    end_base = tl.zeros([], tl.int64)
+    for first in range(0, batch, TILE_SEQ):
+        cost = _costs(
+            first + offs, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
+            seqused_k_ptr, stride_seqused, group_size, rows_per_unit, window_left, window_right,
+            overhead, WINDOWED,
+        )  # fmt: skip
+        ends = before + tl.cumsum(cost, 0)
+        passed = (first + offs < batch) & (ends <= begin)
+        begin_seq += tl.sum(passed.to(tl.int32), 0)
+        begin_base = tl.maximum(begin_base, tl.max(tl.where(passed, ends, 0), 0))
+        passed = (first + offs < batch) & (ends <= end)
+        end_seq += tl.sum(passed.to(tl.int32), 0)
+        end_base = tl.maximum(end_base, tl.max(tl.where(passed, ends, 0), 0))
+        before += tl.sum(cost, 0)
+
+    begin_seq, begin_unit, begin_step, _steps = _place(
+        begin_seq, begin - begin_base, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr,
+        stride_cu_k, seqused_k_ptr, stride_seqused, group_size, rows_per_unit, window_left,
+        window_right, overhead, WINDOWED,
+    )  # fmt: skip
+    end_seq, end_unit, end_step, steps = _place(
+        end_seq, end - end_base, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr,
+        stride_cu_k, seqused_k_ptr, stride_seqused, group_size, rows_per_unit, window_left,
+        window_right, overhead, WINDOWED,
+    )  # fmt: skip
+
+    # The part in which a cut unit begins is the one that the combine kernel works from.
+    same_unit = (begin_seq == end_seq) & (begin_unit == end_unit)
+    begins_here = (end_step > 0) & ((same_unit == 0) | (begin_step == 0))
+    last_step = end_base + end_unit.to(tl.int64) * (steps + overhead) + steps - 1
+    last_part = ((last_step + 1) * used_parts - 1) // total
+    sharers = tl.where(begins_here, (last_part - p).to(tl.int32) + 1, 0)
+
+    row = metadata_ptr + (part + 1) * 8
+    tl.store(row + 0, begin_seq)
+    tl.store(row + 1, begin_unit)
+    tl.store(row + 2, begin_step)
+    tl.store(row + 3, end_seq)
+    tl.store(row + 4, end_unit)
+    tl.store(row + 5, end_step)
+    tl.store(row + 6, sharers)
+    tl.store(row + 7, same_unit.to(tl.int32))
+    if part == 0:
+        tl.store(metadata_ptr + 0, SCHEDULE_MARK)
+        tl.store(metadata_ptr + 1, rows_per_unit)
+        tl.store(metadata_ptr + 2, batch)
+        tl.store(metadata_ptr + 3, used_parts.to(tl.int32))
+        for word in range(4, 8):
+            tl.store(metadata_ptr + word, 0)
+
+
+@triton.jit
+def _costs(
+    seqs, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr,
+    stride_seqused, group_size, rows_per_unit, window_left, window_right, overhead,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Cost of each sequence, int64; 0 past the batch."""
+    mask = seqs < batch
+    q_start = tl.load(cu_seqlens_q_ptr + seqs * stride_cu_q, mask=mask, other=0)
+    num_tokens = tl.load(cu_seqlens_q_ptr + (seqs + 1) * stride_cu_q, mask=mask, other=0) - q_start
+    if seqused_k_ptr is not None:
+        length = tl.load(seqused_k_ptr + seqs * stride_seqused, mask=mask, other=0)
+    else:
+        length = tl.load(cu_seqlens_k_ptr + (seqs + 1) * stride_cu_k, mask=mask, other=0)
+        length -= tl.load(cu_seqlens_k_ptr + seqs * stride_cu_k, mask=mask, other=0)
+    steps = nominal_steps(
+        num_tokens, length, group_size, rows_per_unit, window_left, window_right, WINDOWED
+    )
+    units = num_units(num_tokens, group_size, rows_per_unit)
+    return tl.where(mask, units.to(tl.int64) * (steps + overhead), 0)
+
+
+@triton.jit
+def _place(
+    seq, rest, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr,
+    stride_seqused, group_size, rows_per_unit, window_left, window_right, overhead,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """``(seq, unit, step, steps)`` at cost ``rest`` into the sequence; a cut in an overhead moves on."""
+    seq_read = tl.minimum(seq, batch - 1)  # past the end: any sequence will do
+    _start, num_tokens, length, _total = sequence_facts(
+        seq_read, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr,
+        stride_seqused, None, 0,
+    )  # fmt: skip
+    steps = nominal_steps(
+        num_tokens, length, group_size, rows_per_unit, window_left, window_right, WINDOWED
+    )
+    units = num_units(num_tokens, group_size, rows_per_unit)
+    unit = (rest // (steps + overhead)).to(tl.int32)
+    step = (rest % (steps + overhead)).to(tl.int32)
+    unit = tl.where(step >= steps, unit + 1, unit)
+    step = tl.where(step >= steps, 0, step)
+    next_seq = unit >= units
+    return tl.where(next_seq, seq + 1, seq), tl.where(next_seq, 0, unit), step, steps

@@ -1,0 +1,229 @@
+"""Who runs a call and how: choose a back end, remember the choice, allocate, run.
+
+Plans are remembered by the facts that decide them, so that the checks and the choice are paid once and
+a decoding step pays a dictionary look-up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from anystride.errors import Fault, InvalidInputError, UnsupportedError
+from anystride.problem import OPERATION, Call, Numbers, Problem, make_problem
+
+__all__ = ["Plan", "allocate", "execute", "find_plan", "make_plan"]
+
+log = logging.getLogger("anystride")
+
+Scratch = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+class Config(Protocol):
+    """How a back end will run a problem; a frozen dataclass of its own."""
+
+    @property
+    def scratch(self) -> Scratch:
+        """Shapes and dtypes of the buffers that a run needs besides its results."""
+        ...
+
+
+class Backend(Protocol):
+    """A module that can run a problem."""
+
+    NAME: str
+
+    def refusals(self, problem: Problem) -> list[str]:
+        """Every reason why it cannot run the problem; empty if it can."""
+        ...
+
+    def choose_config(self, problem: Problem) -> Any:
+        """How it will run it: a pure function of the problem (and of the device's properties)."""
+        ...
+
+    def run(self, problem: Problem, config: Any, call: Call, scratch: list[Tensor]) -> None:
+        """Write ``call.out``, and ``call.lse`` if there is one."""
+        ...
+
+
+NAMES = ("triton", "cpu", "reference")
+AUTOMATIC = ("triton", "cpu")  # the reference is asked for by name or not at all
+
+
+@cache
+def backend_named(name: str) -> Any:
+    """The module of a back end, imported when it is first asked; None where Triton is not installed."""
+    try:
+        return import_module(f"anystride.backends.{name}")
+    except ModuleNotFoundError as error:
+        # A torch build for the CPU comes without Triton; anything else that is missing is a fault.
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A problem, who runs it and how.
+
+    Attributes:
+        refused: What each back end that was asked before it answered.
+    """
+
+    problem: Problem
+    backend: Backend
+    config: Any
+    refused: dict[str, list[str]]
+
+
+@cache
+def default_backend() -> str | None:
+    """The back end named by ANYSTRIDE_BACKEND, read once."""
+    return os.environ.get("ANYSTRIDE_BACKEND") or None
+
+
+def describe(problem: Problem) -> str:
+    """One line for messages: the shapes, strides, dtypes and device that decide."""
+    p = problem
+    short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    names = short | {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+    cache = f"[{p.num_pages}, {p.blocks_per_page}, {p.block_size}, {p.num_kv_heads}, " if p.paged else "["
+    if not p.paged:
+        cache = f"[{p.num_pages}, {p.num_kv_heads}, "
+    return (
+        f"q {names[p.dtype]} [{p.total_q}, {p.num_q_heads}, {p.d_qk}] strides {p.q_strides}, "
+        f"k {names[p.k_dtype]} {cache}{p.d_qk}] strides {p.k_strides}, "
+        f"v {names[p.v_dtype]} {cache}{p.d_v}] strides {p.v_strides}, {p.device}"
+    )
+
+
+def refusals_of(name: str, problem: Problem) -> list[str]:
+    """Why the named back end cannot run the problem; empty if it can."""
+    backend = backend_named(name)
+    if backend is None:
+        return [f"{name} is not installed; needs the package triton (pip install triton)"]
+    reasons: list[str] = backend.refusals(problem)
+    return reasons
+
+
+def make_plan(problem: Problem, wanted: str | None) -> Plan:
+    """Choose a back end and its configuration.
+
+    Args:
+        problem: The facts of the call.
+        wanted: The back end that was asked for: obeyed or refused. None: the first that can.
+
+    Raises:
+        InvalidInputError: There is no back end of that name.
+        UnsupportedError: The back end asked for, or every one, refuses.
+    """
+    wanted = wanted or default_backend()
+    if wanted is not None and wanted not in NAMES:
+        raise InvalidInputError(
+            OPERATION,
+            [Fault("backend names no back end.", f"backend = {wanted!r}", f"one of {NAMES} or None")],
+        )
+    refused: dict[str, list[str]] = {}
+    for name in (wanted,) if wanted else AUTOMATIC:
+        reasons = refusals_of(name, problem)
+        if not reasons:
+            backend = backend_named(name)
+            log.info("%s runs %s; refused: %s", name, describe(problem), refused or "none")
+            return Plan(problem, backend, backend.choose_config(problem), refused)
+        refused[name] = reasons
+    if wanted is None:
+        first = f"{OPERATION}: no backend can run this call."
+        do = "move the tensors to a CPU or to a GPU that Triton supports"
+    else:
+        first = f"{OPERATION}: backend {wanted!r} was asked for and refuses; nothing else was tried."
+        able = [name for name in AUTOMATIC if not refusals_of(name, problem)]
+        do = f"backend=None would run this on {able[0]!r}" if able else ""
+    raise UnsupportedError(first, describe(problem), refused, do)
+
+
+_PLANS: dict[tuple[Any, ...], Plan] = {}
+_MOST_PLANS = 16384  # a few hundred bytes each; engines see some thousand shapes
+
+
+def _key(tensor: Tensor | float | None) -> Any:
+    """What a plan depends on in a tensor: everything but its values and its exact address."""
+    if tensor is None or not isinstance(tensor, Tensor):
+        return tensor if tensor is None else float
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
+
+
+def find_plan(call: Call, numbers: Numbers, wanted: str | None) -> Plan:
+    """The plan for a call: remembered, or checked and made now.
+
+    Raises:
+        InvalidInputError, UnsupportedError: See :func:`make_problem` and :func:`make_plan`.
+    """
+    try:
+        k, v = call.k, call.v
+        # The distance between V and K matters only while V may lie in K's row or beside it.
+        distance = v.data_ptr() - k.data_ptr()
+        reach = (k.shape[-1] + v.shape[-1]) * max(k.stride(-1), 1) * k.element_size()
+        key = (
+            numbers,
+            wanted,
+            distance if -reach <= distance <= reach else None,
+            *map(_key, call),
+        )
+        plan = _PLANS.get(key)
+    except (AttributeError, TypeError, IndexError):  # no tensors at all: the checks will say so
+        key, plan = None, None
+    if plan is None:
+        plan = make_plan(make_problem(call, numbers), wanted)
+        if key is not None:
+            if len(_PLANS) >= _MOST_PLANS:
+                _PLANS.clear()
+            _PLANS[key] = plan
+    return plan
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The one place that allocates results and scratch: uninitialised memory."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def execute(plan: Plan, call: Call) -> Call:
+    """Allocate what the call lacks, run it, and return it with its results filled in."""
+    problem = plan.problem
+    out, lse = call.out, call.lse
+    if out is None or (lse is None and problem.has_lse):
+        if out is None:
+            shape = (problem.total_q, problem.num_q_heads, problem.d_v)
+            out = allocate(shape, problem.dtype, problem.device)
+        if lse is None and problem.has_lse:
+            lse = allocate((problem.num_q_heads, problem.total_q), torch.float32, problem.device)
+        call = call._replace(out=out, lse=lse)
+    if problem.total_q == 0 or problem.batch == 0:
+        return call
+    scratch = [allocate(shape, dtype, problem.device) for shape, dtype in plan.config.scratch]
+    plan.backend.run(problem, plan.config, call, scratch)
+    return call
+
+
+def make_metadata(
+    problem: Problem, cu_seqlens_q: Tensor | None, seqused_k: Tensor, margin: int
+) -> Tensor:
+    """The schedule for calls of these shapes and lengths; a header of zeros where nothing schedules."""
+    device = problem.device
+    if refusals_of("triton", problem):
+        return torch.zeros(16, dtype=torch.int32, device=device)
+    triton = backend_named("triton")
+    if cu_seqlens_q is None:
+        steps = torch.arange(problem.batch + 1, dtype=torch.int32, device=device)
+        cu_seqlens_q = steps * problem.max_seqlen_q
+    words = triton.metadata_words(problem, margin)
+    metadata = allocate((words,), torch.int32, device)
+    triton.make_metadata(problem, cu_seqlens_q, None, seqused_k, metadata)
+    return metadata
