@@ -133,13 +133,12 @@ def flash_attn_varlen_func(
     if dropout_p != 0.0 or return_attn_probs:
         _refuse(dropout_p, return_attn_probs)
     # fmt: off
-    call = Call(
+    tensors = (
         q, k, v, q_v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, alibi_slopes, s_aux,
-        q_descale, k_descale, v_descale, cp_tot_seqused_k, scheduler_metadata,
-        out, None,  # type: ignore[arg-type]
+        q_descale, k_descale, v_descale, cp_tot_seqused_k, scheduler_metadata, out, None,
     )
     traced = _is_traced(q)
-    numbers = Numbers(
+    numbers = (
         max_seqlen_q, max_seqlen_k if traced else bucket(max_seqlen_k), softmax_scale, causal,
         (-1, -1) if window_size is None else (window_size[0], window_size[1]),
         softcap, num_splits, deterministic, batch_invariant, cp_world_size, cp_rank, cp_interleave,
@@ -147,9 +146,9 @@ def flash_attn_varlen_func(
     )
     # fmt: on
     if traced:
-        call = _through_operator(call, numbers, backend)
+        call = _through_operator(Call(*tensors), Numbers(*numbers), backend)  # type: ignore[arg-type]
     else:
-        call = execute(find_plan(call, numbers, backend), call)
+        call = execute(find_plan(tensors, numbers, backend), tensors)
     if return_softmax_lse:
         assert call.lse is not None  # it was asked for, so it was allocated
         return call.out, call.lse

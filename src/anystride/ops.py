@@ -7,10 +7,9 @@ come here: they go straight to their plan (docs/design/0006).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from anystride.plan import execute, find_plan
-from anystride.problem import Call, Numbers
+from anystride.problem import Call, Numbers, bucket
 
 __all__ = ["attention"]
 
@@ -35,7 +34,7 @@ def _attention(*args: object) -> None:
     call = Call(*tensors)  # type: ignore[arg-type]
     packed = Numbers(
         max_seqlen_q,  # type: ignore[arg-type]
-        max_keys,  # type: ignore[arg-type]
+        bucket(max_keys),  # type: ignore[arg-type]
         scale,  # type: ignore[arg-type]
         causal,  # type: ignore[arg-type]
         (left, right),  # type: ignore[arg-type]

@@ -153,35 +153,46 @@ _PLANS: dict[tuple[Any, ...], Plan] = {}
 _MOST_PLANS = 16384  # a few hundred bytes each; engines see some thousand shapes
 
 
-def _key(tensor: Tensor | float | None) -> Any:
-    """What a plan depends on in a tensor: everything but its values and its exact address."""
-    if tensor is None or not isinstance(tensor, Tensor):
-        return tensor if tensor is None else float
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
+def _key(argument: Tensor | float | None) -> Any:
+    """What a plan depends on in an argument: everything but a tensor's values and exact address."""
+    if not isinstance(argument, Tensor):
+        return argument
+    t = argument
+    return t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15
 
 
-def find_plan(call: Call, numbers: Numbers, wanted: str | None) -> Plan:
+def find_plan(tensors: tuple[Any, ...], numbers: tuple[Any, ...], wanted: str | None) -> Plan:
     """The plan for a call: remembered, or checked and made now.
+
+    Args:
+        tensors: The fields of a :class:`~anystride.problem.Call`, in their order.
+        numbers: The fields of :class:`~anystride.problem.Numbers`, in their order.
+        wanted: The back end that was asked for.
 
     Raises:
         InvalidInputError, UnsupportedError: See :func:`make_problem` and :func:`make_plan`.
     """
+    key: tuple[Any, ...] | None
+    q, k, v = tensors[:3]
     try:
-        k, v = call.k, call.v
-        # The distance between V and K matters only while V may lie in K's row or beside it.
-        distance = v.data_ptr() - k.data_ptr()
-        reach = (k.shape[-1] + v.shape[-1]) * max(k.stride(-1), 1) * k.element_size()
+        # Written out, with as few objects as can be: this is paid at every call. The distance between V
+        # and K matters only while V may lie in K's row (at most 1152 elements of 4 bytes) or beside it.
+        k_strides, v_strides = k.stride(), v.stride()
+        k_at, v_at = k.data_ptr(), v.data_ptr()
+        reach = 8192 * max(k_strides[-1], v_strides[-1])
+        distance = v_at - k_at
         key = (
-            numbers,
-            wanted,
-            distance if -reach <= distance <= reach else None,
-            *map(_key, call),
-        )
+            numbers, wanted, distance if -reach <= distance <= reach else None,
+            q.shape, q.stride(), q.dtype, q.device, q.data_ptr() & 15,
+            k.shape, k_strides, k.dtype, k.device, k_at & 15,
+            v.shape, v_strides, v.dtype, v.device, v_at & 15,
+            *[None if t is None else _key(t) for t in tensors[3:]],
+        )  # fmt: skip
         plan = _PLANS.get(key)
     except (AttributeError, TypeError, IndexError):  # no tensors at all: the checks will say so
         key, plan = None, None
     if plan is None:
-        plan = make_plan(make_problem(call, numbers), wanted)
+        plan = make_plan(make_problem(Call(*tensors), Numbers(*numbers)), wanted)
         if key is not None:
             if len(_PLANS) >= _MOST_PLANS:
                 _PLANS.clear()
@@ -190,24 +201,26 @@ def find_plan(call: Call, numbers: Numbers, wanted: str | None) -> Plan:
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The one place that allocates results and scratch: uninitialised memory."""
-    return torch.empty(shape, dtype=dtype, device=device)
+    """The one place that allocates results and scratch: uninitialised memory, packed."""
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 1, 0, -1):
+        strides[i - 1] = strides[i] * shape[i]
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)  # cheaper than torch.empty
 
 
-def execute(plan: Plan, call: Call) -> Call:
+def execute(plan: Plan, tensors: tuple[Any, ...]) -> Call:
     """Allocate what the call lacks, run it, and return it with its results filled in."""
     problem = plan.problem
-    out, lse = call.out, call.lse
-    if out is None or (lse is None and problem.has_lse):
-        if out is None:
-            shape = (problem.total_q, problem.num_q_heads, problem.d_v)
-            out = allocate(shape, problem.dtype, problem.device)
-        if lse is None and problem.has_lse:
-            lse = allocate((problem.num_q_heads, problem.total_q), torch.float32, problem.device)
-        call = call._replace(out=out, lse=lse)
+    device = problem.device
+    out, lse = tensors[15:]
+    if out is None:
+        out = allocate((problem.total_q, problem.num_q_heads, problem.d_v), problem.dtype, device)
+    if lse is None and problem.has_lse:
+        lse = allocate((problem.num_q_heads, problem.total_q), torch.float32, device)
+    call = Call(*tensors[:15], out, lse)
     if problem.total_q == 0 or problem.batch == 0:
         return call
-    scratch = [allocate(shape, dtype, problem.device) for shape, dtype in plan.config.scratch]
+    scratch = [allocate(shape, dtype, device) for shape, dtype in plan.config.scratch]
     plan.backend.run(problem, plan.config, call, scratch)
     return call
 
@@ -225,5 +238,5 @@ def make_metadata(
         cu_seqlens_q = steps * problem.max_seqlen_q
     words = triton.metadata_words(problem, margin)
     metadata = allocate((words,), torch.int32, device)
-    triton.make_metadata(problem, cu_seqlens_q, None, seqused_k, metadata)
+    triton.make_metadata(problem, cu_seqlens_q, seqused_k, metadata)
     return metadata

@@ -6,6 +6,8 @@ and, where work may be cut, combine; a third one, first, when no ``scheduler_met
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -24,7 +26,8 @@ NAME = "triton"
 
 STEP = KEYS_PER_STEP.value
 FIXED_SPLIT_STEPS = 32  # batch_invariant: 2048 keys a split, enough splits for one long sequence
-OVERHEAD_STEPS = 1  # what starting and finishing a unit costs, in steps of 64 keys
+OVERHEAD_STEPS = 2  # what starting and finishing a unit costs, in steps of 64 keys
+COMBINE_ROWS = 16  # rows of a tile of the combine kernel: 64 bytes of each dimension's line
 WIDE_ROWS = 64  # rows of a tile of a long query
 
 
@@ -107,13 +110,18 @@ def choose_tiles(rows: int, problem: Problem, target: Target) -> Tiles:
     elif target.backend == "hip":
         n, warps, stages, programs = (16, 4, 1, 1) if wide else (32, 4, 1, 2)
     elif wide:
-        n, warps, stages, programs = (32, 4, 3, 2) if m == 16 else (64, 8, 2, 1)
+        n, warps, stages, programs = {16: (32, 4, 3, 2), 32: (64, 8, 3, 1)}.get(m, (32, 8, 3, 1))
+    elif width < 256:
+        n, warps, stages, programs = 64, 4, 3, 3
     else:
-        n, warps, stages, programs = (64, 4, 3, 2) if width <= 256 else (32, 4, 3, 2)
-        if m == WIDE_ROWS and width >= 256:
+        n, warps, stages, programs = (32, 4, 3, 3) if width == 256 else (32, 4, 3, 2)
+        if m == WIDE_ROWS:
             warps = 8
-    while n > 16 and stages * n * width * itemsize + m * width * itemsize > target.shared_bytes:
+    # Operands of wgmma have a buffer for each stage, those of mma one less.
+    buffers = stages if m >= 64 and n >= 64 else max(1, stages - 1)
+    while n > 16 and (buffers * n + m) * width * itemsize > target.shared_bytes:
         n //= 2
+    programs = max(1, min(programs, target.shared_bytes // ((buffers * n + m) * width * itemsize)))
     return Tiles(m, n, warps, stages, programs)
 
 
@@ -129,7 +137,10 @@ class Config:
         units_per_seq: Upper bound on the units of a sequence.
         splits_per_unit: Shares of each unit's keys when not scheduled.
         steps_per_split: Size of a share when it is fixed (``batch_invariant``), else 0.
-        scratch: Partial results and their lse, then the metadata if the call brings none.
+        partial_lines: Rows of partial results; their lse come behind them.
+        combine_grid: Programs of the combine kernel.
+        scratch: The partial results, then the metadata if the call brings none.
+        ready: The launches of the plan, once its first call has compiled them.
     """
 
     tiles: Tiles
@@ -141,8 +152,10 @@ class Config:
     steps_per_split: int
     constants: dict[str, Any]
     combine_constants: dict[str, Any]
+    partial_lines: int
+    combine_grid: tuple[int, int, int]
     scratch: tuple[tuple[tuple[int, ...], torch.dtype], ...]
-    compiled: dict[str, Any] = field(default_factory=dict, compare=False)
+    ready: list[Any] = field(default_factory=list, compare=False)
 
     @property
     def rows_per_unit(self) -> int:
@@ -208,6 +221,18 @@ def num_parts(problem: Problem, target: Target) -> int:
     return min(parts, max(1, problem.batch * units * steps))
 
 
+def combine_tiles(shares: int, groups: int, d_v: int, processors: int) -> tuple[int, int]:
+    """Shares and dimensions that a program of the combine kernel reads at once.
+
+    Its rows are ``COMBINE_ROWS``; there are ``groups`` programs for each slice of ``d_v``. Slices are as wide as
+    four programs a processor allow; the rest of what registers hold goes to shares.
+    """
+    slices = triton.next_power_of_2(max(1, 4 * processors // groups))
+    d = min(512, max(4, triton.next_power_of_2(d_v) // slices))
+    elements = 4096 if shares <= 64 else 8192
+    return min(triton.next_power_of_2(shares), max(1, elements // (COMBINE_ROWS * d))), d
+
+
 def choose_config(problem: Problem) -> Config:
     """The configuration for the problem's own device."""
     return config_for(problem, device_target(problem.device))
@@ -231,8 +256,7 @@ def config_for(problem: Problem, target: Target) -> Config:
         parts = slots = problem.batch * units * splits
     scratch: list[tuple[tuple[int, ...], torch.dtype]] = []
     lines = slots * problem.num_kv_heads * rows_per_unit
-    scratch.append(((lines * problem.d_v,), torch.float32))
-    scratch.append(((lines,), torch.float32))
+    scratch.append(((lines * (problem.d_v + 1),), torch.float32))
     if scheduled and not problem.metadata_words:
         scratch.append((((parts + 1) * WORDS_PER_PART,), torch.int32))
 
@@ -241,6 +265,7 @@ def config_for(problem: Problem, target: Target) -> Config:
     k_pieces = pieces(key_dims) if key_dims else (16, 0)
     v_pieces = pieces(problem.d_v)
     native = target.backend == "cuda" and target.arch >= 89
+    overlap = target.backend == "cuda" and target.arch >= 90  # programmatic dependent launch
     formats = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
     constants = {
         "GROUP_SIZE": problem.group_size,
@@ -279,13 +304,19 @@ def config_for(problem: Problem, target: Target) -> Config:
         "CP_INTERLEAVE": problem.cp_interleave,
         "SCHEDULED": scheduled,
         "FIXED_SPLITS": fixed > 0,
+        "OVERLAP": overlap,
         "TILE_M": tiles.m,
         "TILE_N": tiles.n,
         "STAGES": tiles.stages,
     }
-    many_splits = parts > 2 * problem.batch * units if scheduled else splits > 8
-    slice_d = min(128 if many_splits else 512, triton.next_power_of_2(problem.d_v))
-    rows = min(1 if many_splits else 4, tiles.m)
+    # A unit that spans several parts has a share in each; most have a part of their own at either end.
+    shares = -(-parts // (problem.batch * units)) + 1 if scheduled else splits
+    by_unit = problem.batch * units <= parts
+    rows = min(rows_per_unit, problem.group_size * problem.max_seqlen_q)
+    row_groups = -(-rows // COMBINE_ROWS)
+    places = problem.batch * units if by_unit or not scheduled else parts
+    groups = row_groups * problem.num_kv_heads * places
+    combine_splits, combine_d = combine_tiles(shares, groups, problem.d_v, target.processors)
     combine_constants = {
         "GROUP_SIZE": problem.group_size,
         "DIMS_V": problem.d_v,
@@ -293,76 +324,167 @@ def config_for(problem: Problem, target: Target) -> Config:
         and problem.window_right >= 0
         and problem.cp_world_size == 1,
         "SCHEDULED": scheduled,
+        "BY_UNIT": by_unit,
         "FIXED_SPLITS": fixed > 0,
-        "TILE_SPLITS": 32 if many_splits else 2,
-        "TILE_M": rows,
-        "TILE_D": slice_d,
+        "OVERLAP": overlap,
+        "DECODE_M": tiles.m,
+        "TILE_SEQ": 128 if problem.batch <= 128 else 1024,
+        "TILE_SPLITS": combine_splits,
+        "TILE_M": COMBINE_ROWS,
+        "TILE_D": combine_d,
     }
+    combine_grid = (row_groups * -(-problem.d_v // combine_d), problem.num_kv_heads, places)
     return Config(
-        tiles, row_tiles, parts, scheduled, units, splits, fixed, constants, combine_constants,
-        tuple(scratch),
+        tiles, row_tiles, parts, scheduled, units, splits, fixed, constants, combine_constants, lines,
+        combine_grid, tuple(scratch),
     )  # fmt: skip
+
+
+class Pointer(str):
+    """Stands for a tensor of the call, by its name in ``SOURCES``, among the arguments of a launch."""
+
+
+SOURCES = (*Call._fields, "partial", "schedule")  # what a launch points to: the call's tensors, the scratch
+
+
+class Launch(NamedTuple):
+    """One kernel launch of a plan, complete but for the addresses."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+class Ready(NamedTuple):
+    """A launch whose kernel is compiled: what is left to do is to fill in addresses."""
+
+    run: Any  # Triton's launcher
+    arguments: list[Any]
+    places: tuple[tuple[int, int], ...]  # (position among the arguments, index into SOURCES)
+
+
+STREAM = 3  # its position among a launcher's arguments
 
 
 def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()
 
 
-def _descale_args(descale: Tensor | float | None) -> tuple[Any, int, int]:
+def _descale(name: str, descale: Tensor | float | None) -> tuple[Any, int, int]:
     """Pointer and strides (seq, head): 0 for a scalar."""
     if not isinstance(descale, Tensor):
         return None, 0, 0
     if descale.numel() == 1:
-        return descale, 0, 0
-    return descale, descale.stride(0), descale.stride(1)
-
-
-def _bytes(cache: Tensor, constants: dict[str, Any], name: str) -> Tensor:
-    """An fp8 cache as bytes where the target cannot load its dtype."""
-    if constants[name] == "none" or constants["FP8_NATIVE"]:
-        return cache
-    return cache.view(torch.uint8)
+        return Pointer(name), 0, 0
+    return Pointer(name), descale.stride(0), descale.stride(1)
 
 
 def _factor(descale: Tensor | float | None) -> float:
     return descale if isinstance(descale, float | int) else 1.0
 
 
-def _launch(
-    compiled: dict[str, Any], kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...],
-    constants: dict[str, Any], **options: int,
-) -> None:  # fmt: skip
-    """Launch a kernel; from the second call of a plan on, without Triton's own look-up.
-
-    What the compiled kernel was specialised on are strides, alignments and dtypes, all of which are a part of
-    the plan that ``compiled`` belongs to.
-    """
-    name = kernel.__name__
-    ready = compiled.get(name)
-    if ready is None:
-        made = kernel[grid](*args, **constants, **options)
-        if made is not None:  # the interpreter makes nothing
-            compiled[name] = (made, tuple(constants.values()))
-        return
-    made, values = ready
-    made[grid](*args, *values)
-
-
-def schedule(
-    metadata: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None,
-    batch: int, group_size: int, rows_per_unit: int, window: tuple[int, int], windowed: bool,
-    compiled: dict[str, Any],
-) -> None:  # fmt: skip
-    """Fill ``metadata``, int32 ``[8 * (parts + 1)]``, from the lengths."""
-    parts = metadata.shape[0] // WORDS_PER_PART - 1
-    args = (
-        cu_seqlens_q, cu_seqlens_q.stride(0),
-        cu_seqlens_k, 0 if cu_seqlens_k is None else cu_seqlens_k.stride(0),
-        seqused_k, 0 if seqused_k is None else seqused_k.stride(0),
-        metadata, batch, parts, group_size, rows_per_unit, *window, OVERHEAD_STEPS,
+def schedule_launch(problem: Problem, config: Config, call: Call, parts: int) -> Launch:
+    """The schedule kernel, which fills ``schedule``, int32 ``[8 * (parts + 1)]``, from the lengths."""
+    arguments = (
+        Pointer("cu_seqlens_q"), *_strides(call.cu_seqlens_q, 1),
+        call.cu_seqlens_k if call.cu_seqlens_k is None else Pointer("cu_seqlens_k"),
+        *_strides(call.cu_seqlens_k, 1),
+        call.seqused_k if call.seqused_k is None else Pointer("seqused_k"), *_strides(call.seqused_k, 1),
+        Pointer("schedule"), problem.batch, parts, problem.group_size, config.rows_per_unit,
+        problem.window_left, problem.window_right, OVERHEAD_STEPS,
     )  # fmt: skip
-    constants = {"WINDOWED": windowed, "TILE_SEQ": 128 if batch <= 128 else 1024}
-    _launch(compiled, schedule_kernel, (parts, 1, 1), args, constants, num_warps=4)
+    constants = {
+        "WINDOWED": config.combine_constants["WINDOWED"],
+        "TILE_SEQ": 128 if problem.batch <= 128 else 1024,
+    }
+    return Launch(schedule_kernel, (parts, 1, 1), arguments, constants, {"num_warps": 4})
+
+
+def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
+    """What one call launches, in order. Looks at the strides of the call's tensors, never at an address."""
+
+    def pointer(name: str) -> Pointer | None:
+        return None if getattr(call, name) is None else Pointer(name)
+
+    # fmt: off
+    steps: list[Launch] = []
+    parts = config.parts
+    metadata = pointer("scheduler_metadata") if config.scheduled else None
+    if config.scheduled and metadata is None:
+        metadata = Pointer("schedule")
+        steps.append(schedule_launch(problem, config, call, parts))
+    alibi = _strides(call.alibi_slopes, 2)
+    if len(alibi) == 1:
+        alibi = (0, *alibi)
+    tot = call.cp_tot_seqused_k if problem.cp_world_size > 1 else None
+    v_in_k = problem.relation.kind == "v_in_k"
+    lengths = (
+        pointer("cu_seqlens_q"), *_strides(call.cu_seqlens_q, 1),
+        pointer("cu_seqlens_k"), *_strides(call.cu_seqlens_k, 1),
+        pointer("seqused_k"), *_strides(call.seqused_k, 1),
+    )
+    results = (
+        pointer("out"), *problem.out_strides, pointer("lse"), 0 if call.lse is None else call.lse.stride(0)
+    )
+    sinks = (pointer("s_aux"), *_strides(call.s_aux, 1))
+    window = (problem.window_left, problem.window_right)
+    shares = (
+        config.units_per_seq, config.splits_per_unit, config.steps_per_split, config.rows_per_unit
+    )
+    arguments = (
+        pointer("q"), *problem.q_strides,
+        pointer("q_v"), *(problem.q_strides if v_in_k else problem.q_v_strides),
+        pointer("k"), *problem.k_strides,
+        pointer("v"), *problem.v_strides,
+        pointer("block_table"), *problem.table_strides,
+        *lengths,
+        None if tot is None else Pointer("cp_tot_seqused_k"), *_strides(tot, 1),
+        pointer("alibi_slopes"), *alibi, *sinks,
+        *_descale("q_descale", call.q_descale),
+        *_descale("k_descale", call.k_descale),
+        *_descale("v_descale", call.v_descale),
+        metadata, *results, Pointer("partial"), config.partial_lines,
+        problem.softmax_scale * _factor(call.q_descale), problem.softcap,
+        _factor(call.k_descale), _factor(call.v_descale),
+        problem.batch, parts, *window, problem.cp_rank, *shares,
+    )
+    grid = (config.row_tiles, problem.num_kv_heads, parts)
+    options = {"num_warps": config.tiles.warps, "num_stages": config.tiles.stages}
+    steps.append(Launch(decode_kernel, grid, arguments, config.constants, options))
+    if config.cuts:
+        arguments = (
+            Pointer("partial"), config.partial_lines, metadata, *lengths, *sinks, *results,
+            problem.batch, *window, *shares, problem.num_kv_heads, OVERHEAD_STEPS,
+        )
+        options = {"num_warps": 8}
+        if config.combine_constants["OVERLAP"]:
+            options["launch_pdl"] = True
+        steps.append(
+            Launch(combine_kernel, config.combine_grid, arguments, config.combine_constants, options)
+        )
+    # fmt: on
+    return steps
+
+
+def first_start(launch: Launch, tensors: Mapping[str, Any]) -> Ready | None:
+    """Compile a launch, or find it compiled, and start it; None from the interpreter.
+
+    What the kernel is specialised on are strides, alignments and dtypes, all of which are a part of the
+    plan: later calls of the plan skip Triton's own look-up, and pass addresses, about which Triton would ask
+    the driver if they came as tensors. They skip its launch hooks, too: a Proton session sees first calls.
+    """
+    given = [tensors[x] if isinstance(x, Pointer) else x for x in launch.arguments]
+    made = launch.kernel[launch.grid](*given, **launch.constants, **launch.options)
+    if made is None:
+        return None
+    # The calling convention of compiled kernels, the same from Triton 3.6 to 3.9: grid, stream, function,
+    # packed metadata, launch metadata, two hooks, then the arguments.
+    before = [*launch.grid, None, made.function, made.packed_metadata, None, None, None]
+    arguments = [*before, *launch.arguments, *launch.constants.values()]
+    places = tuple((i, SOURCES.index(x)) for i, x in enumerate(arguments) if isinstance(x, Pointer))
+    return Ready(made.run, arguments, places)
 
 
 def metadata_words(problem: Problem, margin: int) -> int:
@@ -372,90 +494,49 @@ def metadata_words(problem: Problem, margin: int) -> int:
     return (num_parts(problem, target) + 1) * WORDS_PER_PART
 
 
-def make_metadata(
-    problem: Problem, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None,
-    metadata: Tensor,
-) -> None:  # fmt: skip
+def make_metadata(problem: Problem, cu_seqlens_q: Tensor, seqused_k: Tensor, metadata: Tensor) -> None:
     """Fill the schedule that all calls of these shapes and lengths can share."""
-    config = choose_config(problem)
-    window = (problem.window_left, problem.window_right)
-    schedule(
-        metadata, cu_seqlens_q, cu_seqlens_k, seqused_k, problem.batch, problem.group_size,
-        config.rows_per_unit, window, config.combine_constants["WINDOWED"], {},
-    )  # fmt: skip
+    nothing = dict.fromkeys(Call._fields)
+    call = Call(**nothing | {"cu_seqlens_q": cu_seqlens_q, "seqused_k": seqused_k})  # type: ignore[arg-type]
+    parts = metadata.shape[0] // WORDS_PER_PART - 1
+    launch = schedule_launch(problem, choose_config(problem), call, parts)
+    with _current(problem.device):
+        first_start(launch, call._asdict() | {"schedule": metadata})
+
+
+def _current(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device, whatever its tensors say."""
+    if device.type == "cpu":
+        return nullcontext()
+    context: AbstractContextManager[None] = torch.get_device_module(device).device(device)
+    return context
 
 
 def run(problem: Problem, config: Config, call: Call, scratch: list[Tensor]) -> None:
     """Launch the kernels of one call on its device's current stream."""
-    if problem.device.type == "cuda" and torch.cuda.current_device() != problem.device.index:
-        with torch.cuda.device(problem.device):
-            _run(problem, config, call, scratch)
-    else:
-        _run(problem, config, call, scratch)
-
-
-def _run(problem: Problem, config: Config, call: Call, scratch: list[Tensor]) -> None:
-    # fmt: off
-    constants = config.constants
-    partial, partial_lse = scratch[0], scratch[1]
-    metadata, parts = call.scheduler_metadata, config.parts
-    window = (problem.window_left, problem.window_right)
-    cu_q, cu_k, used = call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k
-    stride_cu_k = 0 if cu_k is None else cu_k.stride(0)
-    stride_used = 0 if used is None else used.stride(0)
-    if not config.scheduled:
-        metadata = None
-    elif metadata is None:
-        metadata = scratch[2]
-        schedule(
-            metadata, cu_q, cu_k, used, problem.batch, problem.group_size, config.rows_per_unit,
-            window, config.combine_constants["WINDOWED"], config.compiled,
-        )
-    alibi = call.alibi_slopes
-    alibi_strides = (0, 0)
-    if alibi is not None:
-        alibi_strides = (0, alibi.stride(0)) if alibi.dim() == 1 else alibi.stride()
-    sinks = call.s_aux
-    stride_sinks = 0 if sinks is None else sinks.stride(0)
-    lse = call.lse
-    stride_lse = 0 if lse is None else lse.stride(0)
-    tot = call.cp_tot_seqused_k if problem.cp_world_size > 1 else None
-    v_in_k = problem.relation.kind == "v_in_k"
-    args = (
-        call.q, *problem.q_strides,
-        call.q_v, *(problem.q_strides if v_in_k else problem.q_v_strides),
-        _bytes(call.k, constants, "K_FORMAT"), *problem.k_strides,
-        _bytes(call.v, constants, "V_FORMAT"), *problem.v_strides,
-        call.block_table, *problem.table_strides,
-        cu_q, cu_q.stride(0), cu_k, stride_cu_k, used, stride_used,
-        tot, 0 if tot is None else tot.stride(0),
-        alibi, *alibi_strides, sinks, stride_sinks,
-        *_descale_args(call.q_descale), *_descale_args(call.k_descale),
-        *_descale_args(call.v_descale),
-        metadata, call.out, *problem.out_strides, lse, stride_lse, partial, partial_lse,
-        problem.softmax_scale * _factor(call.q_descale), problem.softcap,
-        _factor(call.k_descale), _factor(call.v_descale),
-        problem.batch, parts, *window, problem.cp_rank,
-        config.units_per_seq, config.splits_per_unit, config.steps_per_split, config.rows_per_unit,
-    )
-    grid = (config.row_tiles, problem.num_kv_heads, parts)
-    tiles = config.tiles
-    _launch(
-        config.compiled, decode_kernel, grid, args, constants,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )
-    if not config.cuts:
+    if not config.ready:
+        tensors = call._asdict() | dict(zip(SOURCES[len(call) :], scratch, strict=False))
+        for name, form in (("k", "K_FORMAT"), ("v", "V_FORMAT")):
+            if config.constants[form] != "none" and not config.constants["FP8_NATIVE"]:
+                tensors[name] = tensors[name].view(torch.uint8)  # the target cannot load fp8
+        with _current(problem.device):
+            started = [first_start(launch, tensors) for launch in launches(problem, config, call)]
+        config.ready.extend(x for x in started if x is not None)
         return
-    combine = config.combine_constants
-    slices = -(-problem.d_v // combine["TILE_D"])
-    units = parts if config.scheduled else problem.batch * config.units_per_seq
-    rows = min(config.rows_per_unit, problem.group_size * problem.max_seqlen_q)
-    grid = (-(-rows // combine["TILE_M"]) * slices, problem.num_kv_heads, units)
-    args = (
-        partial, partial_lse, metadata, cu_q, cu_q.stride(0), cu_k, stride_cu_k, used, stride_used,
-        sinks, stride_sinks, call.out, *problem.out_strides, lse, stride_lse, *window,
-        config.units_per_seq, config.splits_per_unit, config.steps_per_split, config.rows_per_unit,
-        problem.num_kv_heads,
-    )
-    _launch(config.compiled, combine_kernel, grid, args, combine, num_warps=4)
-    # fmt: on
+    driver = triton.runtime.driver.active
+    if driver.get_current_device() == problem.device.index:
+        start_ready(config, driver, (*call, *scratch))
+    else:
+        with _current(problem.device):
+            start_ready(config, driver, (*call, *scratch))
+
+
+def start_ready(config: Config, driver: Any, sources: tuple[Any, ...]) -> None:
+    """Start the launches of a plan that are compiled, on the current stream of the current device."""
+    stream = driver.get_current_stream(driver.get_current_device())
+    for launch, template, places in config.ready:
+        arguments = template.copy()
+        arguments[STREAM] = stream
+        for position, source in places:
+            arguments[position] = sources[source].data_ptr()
+        launch(*arguments)

@@ -5,22 +5,25 @@ Source: Flash-Decoding; the formula is that of ``anystride.merge``, in base 2.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from anystride.kernels.decode import LN_2, LOG2_E
 from anystride.kernels.ranges import nominal_steps, num_units, sequence_facts
+from anystride.kernels.schedule import costs, part_at
 
 RUNTIME = [
     "stride_out_token", "stride_out_head", "stride_out_dim", "stride_lse_head",
     "stride_cu_q", "stride_cu_k", "stride_seqused", "stride_sinks",
-    "window_left", "window_right",
+    "batch", "window_left", "window_right", "overhead",
     "units_per_seq", "splits_per_unit", "steps_per_split", "rows_per_unit", "num_kv_heads",
+    "partial_lines",
 ]  # fmt: skip
 UNALIGNED = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr", "sinks_ptr", "metadata_ptr"]
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=UNALIGNED)
 def combine_kernel(
-    partial_ptr, partial_lse_ptr,
+    partial_ptr, partial_lines,
     metadata_ptr,
     cu_seqlens_q_ptr, stride_cu_q,
     cu_seqlens_k_ptr, stride_cu_k,
@@ -28,25 +31,29 @@ def combine_kernel(
     sinks_ptr, stride_sinks,
     out_ptr, stride_out_token: tl.int64, stride_out_head: tl.int64, stride_out_dim: tl.int64,
     lse_ptr, stride_lse_head: tl.int64,
-    window_left, window_right,
-    units_per_seq, splits_per_unit, steps_per_split, rows_per_unit, num_kv_heads,
+    batch, window_left, window_right,
+    units_per_seq, splits_per_unit, steps_per_split, rows_per_unit, num_kv_heads, overhead,
     GROUP_SIZE: tl.constexpr,
     DIMS_V: tl.constexpr,
     WINDOWED: tl.constexpr,
-    SCHEDULED: tl.constexpr, FIXED_SPLITS: tl.constexpr,
-    TILE_SPLITS: tl.constexpr, TILE_M: tl.constexpr, TILE_D: tl.constexpr,
+    SCHEDULED: tl.constexpr, BY_UNIT: tl.constexpr, FIXED_SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,  # launched while the decode kernel runs
+    DECODE_M: tl.constexpr,  # rows of a tile of the decode kernel
+    TILE_SEQ: tl.constexpr, TILE_SPLITS: tl.constexpr, TILE_M: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """One program: a few rows of one unit, a slice of their dimensions, over all of the unit's splits.
 
-    Grid: ``(row tiles of a unit x slices of d_v, num_kv_heads, parts or units)``. Units that were not cut end
-    at once. The splits are read in their order, so the bits do not depend on who finished first.
+    Grid: ``(row tiles of a unit x slices of d_v, num_kv_heads, units or parts)``. A scheduled unit is found from
+    the part in which it begins, or, BY_UNIT, which wants few units, from its place on the axis of cost.
+    Units that were not cut end at once. The splits are read in their order, so the bits do not depend
+    on who finished first.
     """
     NUM_SLICES: tl.constexpr = (DIMS_V + TILE_D - 1) // TILE_D
     tile = tl.program_id(0) // NUM_SLICES
     dims = (tl.program_id(0) % NUM_SLICES) * TILE_D + tl.arange(0, TILE_D)
     kv_head = tl.program_id(1)
     index = tl.program_id(2)
-    if SCHEDULED:
+    if SCHEDULED and not BY_UNIT:
         row = metadata_ptr + (index + 1) * 8
         num_splits = tl.load(row + 6)
         if num_splits < 2:
@@ -68,40 +75,70 @@ def combine_kernel(
         steps = nominal_steps(
             num_tokens, length, GROUP_SIZE, rows_per_unit, window_left, window_right, WINDOWED
         )
-        size = steps_per_split
-        if not FIXED_SPLITS:
-            size = (steps + splits_per_unit - 1) // splits_per_unit
-        num_splits = (steps + size - 1) // size
+        if SCHEDULED:
+            before = tl.zeros([], tl.int64)
+            total = tl.zeros([], tl.int64)
+            for first in range(0, batch, TILE_SEQ):
+                seqs = first + tl.arange(0, TILE_SEQ)
+                cost = costs(
+                    seqs, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
+                    seqused_k_ptr, stride_seqused, GROUP_SIZE, rows_per_unit, window_left,
+                    window_right, overhead, WINDOWED,
+                )  # fmt: skip
+                before += tl.sum(tl.where(seqs < seq, cost, 0), 0)
+                total += tl.sum(cost, 0)
+            used_parts = tl.load(metadata_ptr + 3).to(tl.int64)
+            begin = before + unit.to(tl.int64) * (steps + overhead)
+            first_part = part_at(begin, total, used_parts)
+            num_splits = part_at(begin + steps - 1, total, used_parts) - first_part + 1
+            row = metadata_ptr + (first_part + 1) * 8
+            begun = (tl.load(row) == seq) & (tl.load(row + 1) == unit)
+            later_slot = 2 * first_part
+            first_slot = later_slot + 1 - begun.to(tl.int32)
+            slot_step = 2
+        else:
+            size = steps_per_split
+            if not FIXED_SPLITS:
+                size = (steps + splits_per_unit - 1) // splits_per_unit
+            num_splits = (steps + size - 1) // size
+            first_slot = index * splits_per_unit
+            later_slot = first_slot
+            slot_step = 1
         if (num_splits < 2) | (unit >= num_units(num_tokens, GROUP_SIZE, rows_per_unit)):
             return
-        first_slot = index * splits_per_unit
-        later_slot = first_slot
-        slot_step = 1
 
+    if OVERLAP:
+        gdc_wait()  # for the decode kernel; what was read so far is older than it
     in_unit = tile * TILE_M + tl.arange(0, TILE_M)  # [TILE_M]
     rows = unit * rows_per_unit + in_unit
     row_mask = (rows < num_tokens * GROUP_SIZE) & (in_unit < rows_per_unit)
     dim_mask = dims < DIMS_V
+    partial_lse_ptr = partial_ptr + partial_lines.to(tl.int64) * DIMS_V
+    # The decode kernel's tiles lie as [DIMS_V, DECODE_M].
+    in_tiles = (in_unit // DECODE_M) * (DECODE_M * DIMS_V) + in_unit % DECODE_M
+    in_slot = in_tiles[None, :] + dims[:, None] * DECODE_M  # [TILE_D, TILE_M]
     top = tl.full([TILE_M], float("-inf"), tl.float32)
     weight_sum = tl.zeros([TILE_M], tl.float32)
-    acc = tl.zeros([TILE_M, TILE_D], tl.float32)
-    for first in tl.range(0, num_splits, TILE_SPLITS, num_stages=2):
+    acc = tl.zeros([TILE_D, TILE_M], tl.float32)
+    for first in tl.range(0, num_splits, TILE_SPLITS, num_stages=1):
         split = first + tl.arange(0, TILE_SPLITS)  # [TILE_SPLITS]
         slot = tl.where(split == 0, first_slot, later_slot + split * slot_step)
-        at = (slot * num_kv_heads + kv_head).to(tl.int64)[:, None] * rows_per_unit + in_unit[None, :]
+        line = (slot * num_kv_heads + kv_head).to(tl.int64) * rows_per_unit
         mask = (split < num_splits)[:, None] & row_mask[None, :]  # [TILE_SPLITS, TILE_M]
-        lse = tl.load(partial_lse_ptr + at, mask=mask, other=float("-inf"))
-        seen = mask & (lse > float("-inf"))
+        lse = tl.load(
+            partial_lse_ptr + line[:, None] + in_unit[None, :], mask=mask, other=float("-inf")
+        )
+        # A share without keys wrote zeros: its weight is 0.
         values = tl.load(
-            partial_ptr + at[:, :, None] * DIMS_V + dims[None, None, :],
-            mask=seen[:, :, None] & dim_mask[None, None, :],
+            partial_ptr + line[:, None, None] * DIMS_V + in_slot[None, :, :],
+            mask=mask[:, None, :] & dim_mask[None, :, None],
             other=0.0,
-        )  # [TILE_SPLITS, TILE_M, TILE_D]
+        )  # [TILE_SPLITS, TILE_D, TILE_M]
         new_top = tl.maximum(top, tl.max(lse, 0))
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
         shrink = tl.exp2(top - anchor)
         weights = tl.exp2(lse - anchor[None, :])
-        acc = acc * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
+        acc = acc * shrink[None, :] + tl.sum(values * weights[:, None, :], 0)
         weight_sum = weight_sum * shrink + tl.sum(weights, 0)
         top = new_top
 
@@ -113,16 +150,16 @@ def combine_kernel(
         anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
         shrink = tl.exp2(top - anchor)
         weight_sum = tl.where(weight_sum > 0, weight_sum * shrink + tl.exp2(sink - anchor), 0.0)
-        acc = acc * shrink[:, None]
+        acc = acc * shrink[None, :]
         top = anchor
     some = weight_sum > 0
     weight_sum = tl.where(some, weight_sum, 1.0)
     inverse = tl.where(some, 1.0 / weight_sum, 0.0)
     q_token = (q_start + token).to(tl.int64)
     out_rows = q_token * stride_out_token + head.to(tl.int64) * stride_out_head
-    mask = row_mask[:, None] & dim_mask[None, :]
-    ptrs = out_ptr + out_rows[:, None] + dims[None, :].to(tl.int64) * stride_out_dim
-    tl.store(ptrs, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    mask = row_mask[None, :] & dim_mask[:, None]
+    ptrs = out_ptr + out_rows[None, :] + dims[:, None].to(tl.int64) * stride_out_dim
+    tl.store(ptrs, (acc * inverse[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None and tl.program_id(0) % NUM_SLICES == 0:
         lse = tl.where(some, (top + tl.log2(weight_sum)) * LN_2, float("-inf"))
         tl.store(lse_ptr + head.to(tl.int64) * stride_lse_head + q_token, lse, mask=row_mask)

@@ -9,15 +9,17 @@ Strides are run-time numbers and never specialised on (but for 32 or 64 bits of 
 row of the cache is aligned to, and ``*_NARROW``: a tile's rows lie within 2^31 elements of its first, so that
 one 64-bit base and 32-bit offsets reach them.
 
-The products are transposed: scores are ``[keys, rows]``, the accumulator ``[d_v, rows]``. Keys and dimensions then
-are the long side of a tensor-core instruction and rows the short one: sixteen rows waste nothing, no
-operand but the accumulator needs registers, and Hopper's wgmma reads the cache's tile from shared memory.
+The second product is transposed: the accumulator is ``[d_v, rows]``. Dimensions then are the long side of a
+tensor-core instruction and rows the short one: sixteen rows waste nothing, no operand but the accumulator
+needs registers, and Hopper's wgmma reads the cache's tile from shared memory. The first product is not, where
+rows are few: each warp then takes some keys and all rows, and reads no key twice.
 
 Source: FlashAttention-2, https://arxiv.org/abs/2307.08691; split-KV as in Flash-Decoding.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from anystride.kernels.ranges import (
     KEYS_PER_STEP,
@@ -45,7 +47,7 @@ RUNTIME = [
     "stride_v_descale_seq", "stride_v_descale_head",
     "stride_out_token", "stride_out_head", "stride_out_dim", "stride_lse_head",
     "batch", "num_parts", "window_left", "window_right", "cp_rank",
-    "units_per_seq", "splits_per_unit", "steps_per_split", "rows_per_unit",
+    "units_per_seq", "splits_per_unit", "steps_per_split", "rows_per_unit", "partial_lines",
 ]  # fmt: skip
 # Small tensors whose base address may be anything: their loads are scalar or short.
 UNALIGNED = [
@@ -95,6 +97,16 @@ def descale(ptr, stride_seq, stride_head, seq, kv_head):
     if ptr is not None:
         scale = tl.load(ptr + seq * stride_seq + kv_head * stride_head)
     return scale
+
+
+@triton.jit
+def score(q, keys, scores, ROWS_FIRST: tl.constexpr):
+    """Add the products of queries ``[TILE_M, D]`` and keys ``[TILE_N, D]``: ``[TILE_M, TILE_N]`` or its transpose."""
+    if ROWS_FIRST:
+        scores = tl.dot(q, tl.trans(keys), scores, input_precision="ieee")
+    else:
+        scores = tl.dot(keys, tl.trans(q), scores, input_precision="ieee")
+    return scores
 
 
 @triton.jit
@@ -160,7 +172,7 @@ def decode_kernel(
     metadata_ptr,
     out_ptr, stride_out_token, stride_out_head, stride_out_dim,
     lse_ptr, stride_lse_head,
-    partial_ptr, partial_lse_ptr,
+    partial_ptr, partial_lines,
     softmax_scale: tl.float32, softcap: tl.float32, k_scale: tl.float32, v_scale: tl.float32,
     batch, num_parts, window_left, window_right, cp_rank,
     units_per_seq, splits_per_unit, steps_per_split, rows_per_unit,
@@ -179,6 +191,7 @@ def decode_kernel(
     HAS_DESCALES: tl.constexpr,
     CP_WORLD_SIZE: tl.constexpr, CP_INTERLEAVE: tl.constexpr,
     SCHEDULED: tl.constexpr, FIXED_SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,  # the combine kernel is launched early and waits by itself
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores, online softmax and weighted values for the rows and keys of one part.
@@ -190,17 +203,20 @@ def decode_kernel(
     steps, or, if FIXED_SPLITS, ``steps_per_split`` of them.
 
     A unit whose keys all fall to this part is finished here. Else its rows, normalised, go to ``partial_ptr``
-    ``[slots, num_kv_heads, rows_per_unit, DIMS_V]`` with their lse in base 2, for ``combine_kernel``; a
-    scheduled part has two slots: for its first unit, which it may not begin, and its last.
+    ``[slots, num_kv_heads, row tiles, DIMS_V, TILE_M]``, behind which come their lse in base 2, for
+    ``combine_kernel``; a scheduled part has two slots: for its first unit, which it may not begin, and
+    its last.
 
     Reads table entries and rows below each length only. Masked values enter as zero: 0 x NaN is NaN.
     """
     tile_in_unit = tl.program_id(0)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
+    if OVERLAP:
+        gdc_launch_dependents()
+    ROWS_FIRST: tl.constexpr = TILE_M <= 32
     WINDOWED: tl.constexpr = HAS_LEFT and HAS_RIGHT and CP_WORLD_SIZE == 1
 
-    broken = False
     if SCHEDULED:
         row = metadata_ptr + (part + 1) * 8
         seq = tl.load(row + 0)
@@ -215,13 +231,12 @@ def decode_kernel(
         )
         broken = broken | (tl.load(metadata_ptr + 2) != batch)
         if broken:
-            # Every part then visits some sequences, whole.
-            seq = part
-            unit = tl.zeros_like(seq)
-            step = tl.zeros_like(seq)
-            end_seq = batch
-            end_unit = tl.zeros_like(seq)
-            end_step = tl.zeros_like(seq)
+            fill_nan(
+                out_ptr, stride_out_token, stride_out_head, stride_out_dim,
+                cu_seqlens_q_ptr, stride_cu_q, batch, tile_in_unit, kv_head, part, num_parts,
+                GROUP_SIZE, DIMS_V, TILE_M, 16,
+            )  # fmt: skip
+            return
     else:
         unit_index = part // splits_per_unit
         seq = unit_index // units_per_seq
@@ -389,33 +404,35 @@ def decode_kernel(
                     )  # [TILE_N, D_V1]  # fmt: skip
                     v1 = fp8_to(v1, q_ptr.dtype.element_ty, V_FORMAT, FP8_NATIVE)
 
-                scores = tl.zeros([TILE_N, TILE_M], tl.float32)
+                scores = tl.zeros([TILE_M, TILE_N] if ROWS_FIRST else [TILE_N, TILE_M], tl.float32)
                 if KEY_DIMS > 0:
                     k0 = load_rows(
                         k_tile_ptr, k_rows, in_k0, stride_k_dim, mask_n, D_K0, min(KEY_DIMS, D_K0), K_UNIT
                     )  # [TILE_N, D_K0]
                     k0 = fp8_to(k0, q_ptr.dtype.element_ty, K_FORMAT, FP8_NATIVE)
-                    scores = tl.dot(k0, tl.trans(q0), scores, input_precision="ieee")
+                    scores = score(q0, k0, scores, ROWS_FIRST)
                 if D_K1 > 0:
                     k1 = load_rows(
                         k_tile_ptr, k_rows, in_k1, stride_k_dim, mask_n, D_K1, KEY_DIMS - D_K0, K_UNIT
                     )  # [TILE_N, D_K1]
                     k1 = fp8_to(k1, q_ptr.dtype.element_ty, K_FORMAT, FP8_NATIVE)
-                    scores = tl.dot(k1, tl.trans(q1), scores, input_precision="ieee")
+                    scores = score(q1, k1, scores, ROWS_FIRST)
                 if HAS_DESCALES and V_IN_SCORES and V_AT >= KEY_DIMS + DIMS_V:
                     # The q_v form: K and V have descales of their own.
-                    of_v = tl.dot(v0, tl.trans(q_v0), input_precision="ieee")
+                    of_v = score(q_v0, v0, tl.zeros_like(scores), ROWS_FIRST)
                     if D_V1 > 0:
-                        of_v = tl.dot(v1, tl.trans(q_v1), of_v, input_precision="ieee")
+                        of_v = score(q_v1, v1, of_v, ROWS_FIRST)
                     scores = scores * k_factor + of_v * v_factor
                 else:
                     if V_IN_SCORES:
-                        scores = tl.dot(v0, tl.trans(q_v0), scores, input_precision="ieee")
+                        scores = score(q_v0, v0, scores, ROWS_FIRST)
                         if D_V1 > 0:
-                            scores = tl.dot(v1, tl.trans(q_v1), scores, input_precision="ieee")
+                            scores = score(q_v1, v1, scores, ROWS_FIRST)
                     if HAS_DESCALES:
                         scores = scores * k_factor
 
+                if ROWS_FIRST:
+                    scores = tl.trans(scores)  # [TILE_N, TILE_M], as the accumulator wants its weights
                 if HAS_SOFTCAP:
                     scores = tanh(scores * (scale / softcap)) * (softcap * LOG2_E)
                 else:
@@ -446,7 +463,7 @@ def decode_kernel(
                     acc1 = tl.dot(tl.trans(v1), probs, acc1 * shrink[None, :], input_precision="ieee")
             row_sum = tl.sum(prob_sum, 0)  # [TILE_M]
 
-            if whole | broken:
+            if whole:
                 out_rows = q_token * stride_out_token + head.to(tl.int64) * stride_out_head
                 out_rows = tl.multiple_of(out_rows, OUT_VECTOR)
                 row_total = row_sum
@@ -465,8 +482,6 @@ def decode_kernel(
                 some = row_total > 0
                 row_total = tl.where(some, row_total, 1.0)
                 inverse = tl.where(some, v_factor / row_total, 0.0)
-                if broken:
-                    inverse = float("nan") + inverse
                 if lse_ptr is not None:
                     lse = tl.where(some, (row_max + tl.log2(row_total)) * LN_2, float("-inf"))
                     lse_row = lse_ptr + head.to(tl.int64) * stride_lse_head + q_token
@@ -485,33 +500,54 @@ def decode_kernel(
                 if SCHEDULED:
                     later = (seq != first_seq) | (unit != first_unit)
                     slot = 2 * part + later.to(tl.int32)
-                at = (slot * tl.num_programs(1) + kv_head).to(tl.int64) * rows_per_unit
-                at = at + tile_in_unit * TILE_M + offs_m  # [TILE_M]
+                first_line = (slot * tl.num_programs(1) + kv_head).to(tl.int64) * rows_per_unit
+                first_line += tile_in_unit * TILE_M
                 some = row_sum > 0
                 row_sum = tl.where(some, row_sum, 1.0)
                 inverse = tl.where(some, v_factor / row_sum, 0.0)
                 lse = tl.where(some, row_max + tl.log2(row_sum), float("-inf"))
-                tl.store(partial_lse_ptr + at, lse, mask=row_mask)
-                store_rows(
-                    partial_ptr, at * DIMS_V, dims_v0, 1, row_mask, tl.trans(acc0 * inverse[None, :]), D_V0,
-                    min(DIMS_V, D_V0), True,
-                )  # fmt: skip
+                partial_lse_ptr = partial_ptr + partial_lines.to(tl.int64) * DIMS_V
+                tl.store(partial_lse_ptr + first_line + offs_m, lse)
+                # As the accumulator lies: [d_v, rows]. Rows that are none are written, too: scratch.
+                tile_ptr = partial_ptr + first_line * DIMS_V + offs_m[None, :]
+                mask = (dims_v0 < DIMS_V)[:, None]
+                tl.store(tile_ptr + dims_v0[:, None] * TILE_M, acc0 * inverse[None, :], mask=mask)
                 if D_V1 > 0:
-                    store_rows(
-                        partial_ptr, at * DIMS_V, D_V0 + tl.arange(0, D_V1), 1, row_mask,
-                        tl.trans(acc1 * inverse[None, :]), D_V1, DIMS_V - D_V0, True,
-                    )  # fmt: skip
+                    dims_v1 = D_V0 + tl.arange(0, D_V1)
+                    mask = (dims_v1 < DIMS_V)[:, None]
+                    tl.store(tile_ptr + dims_v1[:, None] * TILE_M, acc1 * inverse[None, :], mask=mask)
         if SCHEDULED:
             step = tl.zeros_like(step)
             unit += 1
             if unit >= units:
                 unit = tl.zeros_like(unit)
-                if broken:
-                    seq += num_parts
-                else:
-                    seq += 1
+                seq += 1
         else:
             seq += 1
+
+
+@triton.jit
+def fill_nan(
+    out_ptr, stride_out_token, stride_out_head, stride_out_dim,
+    cu_seqlens_q_ptr, stride_cu_q, batch, tile_in_unit, kv_head, part, num_parts,
+    GROUP_SIZE: tl.constexpr, DIMS_V: tl.constexpr, TILE_M: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """The answer to a schedule that was made for another call: NaN in every row."""
+    if tile_in_unit == 0:
+        for seq in range(part, batch, num_parts):
+            q_start = tl.load(cu_seqlens_q_ptr + seq * stride_cu_q)
+            num_tokens = tl.load(cu_seqlens_q_ptr + (seq + 1) * stride_cu_q) - q_start
+            for first_row in range(0, num_tokens * GROUP_SIZE, TILE_M):
+                rows = first_row + tl.arange(0, TILE_M)
+                head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+                out_rows = (q_start + rows // GROUP_SIZE).to(tl.int64) * stride_out_token
+                out_rows += head.to(tl.int64) * stride_out_head
+                for first_dim in range(0, DIMS_V, D):
+                    dims = first_dim + tl.arange(0, D)
+                    ptrs = out_ptr + out_rows[:, None] + dims[None, :].to(tl.int64) * stride_out_dim
+                    mask = (rows < num_tokens * GROUP_SIZE)[:, None] & (dims < DIMS_V)[None, :]
+                    nan = tl.full([TILE_M, D], float("nan"), out_ptr.dtype.element_ty)
+                    tl.store(ptrs, nan, mask=mask)
 
 
 @triton.jit

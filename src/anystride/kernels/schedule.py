@@ -47,15 +47,21 @@ def schedule_kernel(
     part = tl.program_id(0)
     offs = tl.arange(0, TILE_SEQ)
     total = tl.zeros([], tl.int64)
+    largest = tl.zeros([], tl.int64)
     for first in range(0, batch, TILE_SEQ):
-        cost = _costs(
+        cost = costs(
             first + offs, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
             seqused_k_ptr, stride_seqused, group_size, rows_per_unit, window_left, window_right,
             overhead, WINDOWED,
         )  # [TILE_SEQ]  # fmt: skip
         total += tl.sum(cost, 0)
+        largest = tl.maximum(largest, tl.max(cost, 0))
     # No more parts than units of work: a part must hold at least one step.
     used_parts = tl.maximum(tl.minimum(total // (overhead + 1), num_parts.to(tl.int64)), 1)
+    # Sequences of one length: cut between them, if that leaves few parts idle.
+    whole_parts = used_parts // batch * batch
+    if (largest * batch == total) & (whole_parts * 16 >= used_parts * 15):
+        used_parts = whole_parts
     p = tl.minimum(part.to(tl.int64), used_parts)
     begin = p * total // used_parts
     end = tl.minimum(p + 1, used_parts) * total // used_parts
@@ -66,7 +72,7 @@ def schedule_kernel(
     begin_base = tl.zeros([], tl.int64)
     end_base = tl.zeros([], tl.int64)
     for first in range(0, batch, TILE_SEQ):
-        cost = _costs(
+        cost = costs(
             first + offs, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
             seqused_k_ptr, stride_seqused, group_size, rows_per_unit, window_left, window_right,
             overhead, WINDOWED,
@@ -95,8 +101,8 @@ def schedule_kernel(
     same_unit = (begin_seq == end_seq) & (begin_unit == end_unit)
     begins_here = (end_step > 0) & ((same_unit == 0) | (begin_step == 0))
     last_step = end_base + end_unit.to(tl.int64) * (steps + overhead) + steps - 1
-    last_part = ((last_step + 1) * used_parts - 1) // total
-    sharers = tl.where(begins_here, (last_part - p).to(tl.int32) + 1, 0)
+    sharers = part_at(last_step, total, used_parts) - p.to(tl.int32) + 1
+    sharers = tl.where(begins_here, sharers, 0)
 
     row = metadata_ptr + (part + 1) * 8
     tl.store(row + 0, begin_seq)
@@ -117,7 +123,13 @@ def schedule_kernel(
 
 
 @triton.jit
-def _costs(
+def part_at(cost, total, used_parts):
+    """The part in whose share of the axis of cost a place falls."""
+    return (((cost + 1) * used_parts - 1) // total).to(tl.int32)
+
+
+@triton.jit
+def costs(
     seqs, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr,
     stride_seqused, group_size, rows_per_unit, window_left, window_right, overhead,
     WINDOWED: tl.constexpr,
