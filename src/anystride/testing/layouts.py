@@ -1,0 +1,238 @@
+"""The catalogue: how engines, and adversaries, lay a KV cache out in memory.
+
+Each entry is a recipe (see ``recipe.py`` for its notation) with a name, who uses it, and where the
+data lie. G is for caches with K and V of their own, M for MLA rows, A for adversarial ones, which
+no engine uses but any may. Numbers after G and M are those of a survey of public engines; the
+numbers that are missing are no strided views (packed vectors, scales inside rows, unequal dtypes
+within a row).
+"""
+
+from __future__ import annotations
+
+from anystride.testing.recipe import Layout
+
+__all__ = ["LAYOUTS", "Layout", "find_layout"]
+
+PACKED_STRIDES = "bs*h*d, h*d, d, 1"
+MLA_PACKED_STRIDES = "bs*h*r, h*r, r, 1"
+POINTER_STRIDES = "bs*h*max(dk,2*dv), h*max(dk,2*dv), max(dk,2*dv), "
+OVERLAP = "(dk + dv - min(dk, dv)//2)"
+OVERLAP_STRIDES = f"bs*h*{OVERLAP}, h*{OVERLAP}, {OVERLAP}, 1"
+
+# fmt: off
+_GQA = (
+    Layout("G1-kv-outermost", "vLLM's first NHD shape, vLLM on ROCm, LMCache NL_X_TWO_NB_BS_NH_HS",
+           "all of K, then all of V", "2 B T H D",
+           strides=PACKED_STRIDES, v_from_k="nb*bs*h*d"),
+    Layout("G2-vllm-nhd", "vLLM FLASH_ATTN, TRITON_ATTN, FLASHINFER; LMCache NL_X_NB_TWO_BS_NH_HS",
+           "K and V of a block side by side, tokens before heads", "B 2 T H D",
+           strides="2*bs*h*d, h*d, d, 1", v_from_k="bs*h*d"),
+    Layout("G3-vllm-hnd", "vLLM with the HND layout, FlashInfer on Blackwell, LMCache NL_X_NB_TWO_NH_BS_HS",
+           "K and V of a block side by side, heads before tokens", "B 2 H T D",
+           strides="2*h*bs*d, d, bs*d, 1", v_from_k="h*bs*d"),
+    Layout("G4-cross-layer-nhd", "vLLM cross-layer blocks for KV transfer, LMCache NB_NL_TWO_BS_NH_HS",
+           "all layers of a block together, tokens before heads", "B L 2 T H D",
+           strides="L*2*bs*h*d, h*d, d, 1", base="l*2*bs*h*d", v_from_k="bs*h*d"),
+    Layout("G5-cross-layer-hnd", "vLLM cross-layer HND for FLASH_ATTN and TRITON_ATTN",
+           "all layers of a head together", "B H L 2 T D",
+           strides="h*L*2*bs*d, d, L*2*bs*d, 1", base="l*2*bs*d", v_from_k="bs*d"),
+    Layout("G6-cross-layer-flashinfer", "vLLM cross-layer HND for FLASHINFER",
+           "all layers of a head together, K and V apart", "B 2 H L T D",
+           strides="2*h*L*bs*d, d, L*bs*d, 1", base="l*bs*d", v_from_k="h*L*bs*d"),
+    Layout("G7-packed-lbhnc", "vLLM's packed content, its default order LBHNC; LMCache NL_X_NB_NH_BS_CS",
+           "K's row and V's row of a token are one row, heads before tokens", "L B H T C",
+           strides="h*bs*(dk+dv), dk+dv, bs*(dk+dv), 1", base="l*nb*h*bs*(dk+dv)", v_from_k="dk"),
+    Layout("G7b-packed-lbnhc", "vLLM's packed content, order LBNHC; LMCache NL_X_NB_BS_NH_CS",
+           "packed rows, tokens before heads", "L B T H C",
+           strides="bs*h*(dk+dv), h*(dk+dv), dk+dv, 1", base="l*nb*bs*h*(dk+dv)", v_from_k="dk"),
+    Layout("G7c-packed-lhbnc", "vLLM's packed content, order LHBNC",
+           "packed rows, one head's blocks together", "L H B T C",
+           strides="bs*(dk+dv), dk+dv, nb*bs*(dk+dv), 1", base="l*h*nb*bs*(dk+dv)", v_from_k="dk"),
+    Layout("G7d-packed-blhnc", "vLLM's packed content, order BLHNC; LMCache NB_NL_NH_BS_CS",
+           "packed rows, all layers of a block together, heads first", "B L H T C",
+           strides="L*h*bs*(dk+dv), dk+dv, bs*(dk+dv), 1", base="l*h*bs*(dk+dv)", v_from_k="dk"),
+    Layout("G7e-packed-blnhc", "vLLM's packed content, order BLNHC",
+           "packed rows, all layers of a block together, tokens first", "B L T H C",
+           strides="L*bs*h*(dk+dv), h*(dk+dv), dk+dv, 1", base="l*bs*h*(dk+dv)", v_from_k="dk"),
+    Layout("G7f-packed-bhlnc", "vLLM's packed content, order BHLNC",
+           "packed rows, all layers of a head together", "B H L T C",
+           strides="h*L*bs*(dk+dv), dk+dv, L*bs*(dk+dv), 1", base="l*bs*(dk+dv)", v_from_k="dk"),
+    Layout("G9-hybrid-page-nhd", "vLLM with Mamba and attention layers: page_size_padded",
+           "G2 in pages padded to the size of another kind of layer", "B 2 T H D", page_pad=1104,
+           strides="2*bs*h*d + 1104, h*d, d, 1", v_from_k="bs*h*d"),
+    Layout("G9b-hybrid-page-hnd", "the same with the HND cache layout",
+           "G3 in padded pages", "B 2 H T D", page_pad=1104,
+           strides="2*h*bs*d + 1104, d, bs*d, 1", v_from_k="h*bs*d"),
+    Layout("G10-packed-layers", "vLLM, several caches in one page: KVCacheTensor.block_stride",
+           "another cache of 132 bytes a token, then all layers", "B L 2 T H D", front_bytes=132,
+           strides="132*bs//size + L*2*bs*h*d, h*d, d, 1", base="132*bs//size + l*2*bs*h*d",
+           v_from_k="bs*h*d"),
+    Layout("G11-padded-page-blocks", "vLLM and kvcached: a manager's page split into kernel blocks",
+           "page p holds blocks p*k to p*k+k-1, then padding: no one block stride", "B S 2 T H D",
+           page_pad=1104, only="pages",
+           strides="k*2*bs*h*d + 1104, 2*bs*h*d, h*d, d, 1", v_from_k="bs*h*d"),
+    Layout("G12-quantised-row", "vLLM TRITON_ATTN with a scale for each token and head",
+           "4 bytes after each row: fp8 rows of 132 bytes", "B 2 T H D", row_pad_bytes=4,
+           strides="2*bs*h*(d+4//size), h*(d+4//size), d+4//size, 1", v_from_k="bs*h*(d+4//size)"),
+    Layout("G13-unequal-rows", "vLLM, models with d_qk unlike d_v",
+           "K's row and V's row of a token are one row, of unequal parts", "B T H C",
+           strides="bs*h*(dk+dv), h*(dk+dv), dk+dv, 1", v_from_k="dk"),
+    Layout("G14-flex", "vLLM FLEX_ATTENTION, order (0, 2, 1, 3, 4)",
+           "all K heads of a token, then all V heads", "B T 2 H D",
+           strides="bs*2*h*d, 2*h*d, d, 1", v_from_k="h*d"),
+    Layout("G14b-vllm-cpu", "vLLM on CPUs",
+           "packed rows of one layer, heads before tokens", "B H T C",
+           strides="h*bs*(dk+dv), dk+dv, bs*(dk+dv), 1", v_from_k="dk"),
+    Layout("G14c-slots", "TurboQuant: aligned slots",
+           "packed rows, each followed by 32 bytes of metadata", "B T H C", row_pad_bytes=32,
+           strides="bs*h*(dk+dv+32//size), h*(dk+dv+32//size), dk+dv+32//size, 1", v_from_k="dk"),
+    Layout("G15-v-dim-major", "ROCm and AITER paged attention: V [nb, h, d, bs]",
+           "V's tokens are next to each other, K's elements are", "B H T D", v_order="B H D T",
+           parts="buffers", strides="h*bs*dk, dk, bs*dk, 1", v_strides="h*dv*bs, 1, dv*bs, bs"),
+    Layout("G16-sglang-pool", "SGLang's token pool, MSLK, FA3's own tests",
+           "K and V each in an allocation, packed", "B T H D", parts="buffers",
+           strides="bs*h*dk, h*dk, dk, 1", v_strides="bs*h*dv, h*dv, dv, 1"),
+    Layout("G17-trtllm", "TensorRT-LLM, LMCache NB_NL_TWO_NH_BS_HS",
+           "all layers of a block together, heads before tokens", "B L 2 H T D",
+           strides="L*2*h*bs*d, d, bs*d, 1", base="l*2*h*bs*d", v_from_k="h*bs*d"),
+    Layout("G18-kvcached", "kvcached, contiguous mode: G4 in virtual memory that is mapped on demand",
+           "all layers of a block together, tokens before heads", "B L 2 T H D",
+           strides="L*2*bs*h*d, h*d, d, 1", base="l*2*bs*h*d", v_from_k="bs*h*d"),
+    Layout("G19-two-lists", "LMCache TWO_X_NL_X_NBBS_NH_HS",
+           "K of all layers, then V of all layers", "2 L B T H D",
+           strides=PACKED_STRIDES, base="l*nb*bs*h*d", v_from_k="L*nb*bs*h*d"),
+    Layout("G19b-two-inner", "LMCache NL_X_NB_NH_BS_TWO_HS",
+           "K's row, then V's row, for each head and token", "L B H T 2 D",
+           strides="h*bs*2*d, 2*d, bs*2*d, 1", base="l*nb*h*bs*2*d", v_from_k="d"),
+    Layout("G20-page-pitch", "MSLK strided pages",
+           "K and V each in an allocation, metadata at the tail of each page", "B T H D",
+           parts="buffers", page_pad=48,
+           strides="bs*h*dk + 48, h*dk, dk, 1", v_strides="bs*h*dv + 48, h*dv, dv, 1"),
+    Layout("G21-mamba-unified", "vLLM, Mamba and attention in one tensor by as_strided",
+           "G2 in pages rounded up to the size of a Mamba state", "B 2 T H D", page_multiple=4224,
+           strides="up(2*bs*h*d, 4224), h*d, d, 1", v_from_k="bs*h*d"),
+)
+
+_MLA = (
+    Layout("M1-combined", "vLLM, FlashMLA, TensorRT-LLM, LMCache NL_X_NB_BS_HS",
+           "one row of latent and rope, V its first part", mla_order="B T H R",
+           mla_strides=MLA_PACKED_STRIDES),
+    Layout("M1b-rope-first", "the row the other way round",
+           "the rope part, then the latent part", mla_order="B T H R", reversed_row=True,
+           mla_strides=MLA_PACKED_STRIDES),
+    Layout("M2-cross-layer", "vLLM cross-layer blocks for KV transfer (DeepSeek, Kimi, GLM)",
+           "all layers of a block together", mla_order="B L T H R",
+           mla_strides="L*bs*h*r, h*r, r, 1", base="l*bs*h*r"),
+    Layout("M3-hybrid-page", "vLLM, Kimi-Linear and other models with Mamba-like layers",
+           "rows in padded pages", mla_order="B T H R", page_pad=1104,
+           mla_strides="bs*h*r + 1104, h*r, r, 1"),
+    Layout("M3b-padded-page-blocks", "the same, the page split into kernel blocks",
+           "page p holds blocks p*k to p*k+k-1, then padding", mla_order="B S T H R", page_pad=1104,
+           only="pages", mla_strides="k*bs*h*r + 1104, bs*h*r, h*r, r, 1"),
+    Layout("M4-packed-layers", "vLLM with an indexer's cache in the page (DeepSeek-V3.2)",
+           "another cache of 132 bytes a token, then all layers", mla_order="B L T H R",
+           front_bytes=132, mla_strides="132*bs//size + L*bs*h*r, h*r, r, 1",
+           base="132*bs//size + l*bs*h*r"),
+    Layout("M5-sglang-pool", "SGLang's MLA token pool, LMCache NL_X_NBBS_ONE_HS",
+           "slots of one row, all layers in one pool", mla_order="L B T H R",
+           mla_strides=MLA_PACKED_STRIDES, base="l*nb*bs*h*r"),
+    Layout("M6-trtllm-gen", "FlashInfer trtllm-gen MLA",
+           "[pages, 1, tokens, row]: the head before the tokens", mla_order="B H T R",
+           mla_strides="h*bs*r, r, bs*r, 1"),
+    Layout("M7-two-views", "FlashInfer MLA: ckv and kpe, two views of one row",
+           "latent and rope given apart, in one row", mla_order="B T H R", forms=("q_v",),
+           mla_strides=MLA_PACKED_STRIDES),
+    Layout("M8-component-major", "vLLM on Ascend",
+           "all latents, then, from the next 2 MB on, all ropes", mla_order="B T H D",
+           parts="regions", forms=("q_v",), mla_strides="bs*h*dk, h*dk, dk, 1",
+           v_strides="bs*h*dv, h*dv, dv, 1", v_from_k="-up(nb*bs*h*dv, 2097152//size)"),
+    Layout("M9-two-buffers", "ThunderMLA, TileLang: ckv and kpe in two allocations",
+           "latents and ropes in an allocation each", mla_order="B T H D", parts="buffers",
+           forms=("q_v",), mla_strides="bs*h*dk, h*dk, dk, 1", v_strides="bs*h*dv, h*dv, dv, 1"),
+    Layout("M10-segmented", "ROCm ATOM (pages of 64), vLLM on Ascend with parent pages",
+           "a page holds its latents, then its ropes", mla_order="B T H D", parts="segments",
+           forms=("q_v",), mla_strides="bs*h*(dk+dv), h*dk, dk, 1",
+           v_strides="bs*h*(dk+dv), h*dv, dv, 1", v_from_k="-bs*h*dv"),
+    Layout("M14-fp8-row", "vLLM TRITON_MLA and trtllm-gen with an fp8 cache",
+           "one fp8 row, a scale for the whole tensor", mla_order="B T H R", only="fp8",
+           mla_strides=MLA_PACKED_STRIDES),
+    Layout("M15-other-dims", "Mistral Small 4 (256 + 64), FlashInfer (256, 64)",
+           "one row, neither 512 nor 576 wide", mla_order="B T H R", only="other_dims",
+           mla_strides=MLA_PACKED_STRIDES),
+)
+
+_ADVERSARIAL = (
+    Layout("A-inner-step-2", "the last dim's stride is not 1",
+           "every other element belongs to a row", "B 2 T H D", "B T H R", step=2,
+           strides="4*bs*h*d, 2*h*d, 2*d, 2", mla_strides="2*bs*h*r, 2*h*r, 2*r, 2",
+           v_from_k="2*bs*h*d"),
+    Layout("A-dim-major", "the last dim's stride is large",
+           "a block holds its first elements, then its second, ...", "B 2 H D T", "B H R T",
+           strides="2*h*d*bs, 1, d*bs, bs", mla_strides="h*r*bs, 1, r*bs, bs", v_from_k="h*d*bs"),
+    Layout("A-blocks-innermost", "the block's stride is 1",
+           "the same element of all blocks side by side", "2 T H D B", "T H R B",
+           strides="1, h*d*nb, d*nb, nb", mla_strides="1, h*r*nb, r*nb, nb", v_from_k="bs*h*d*nb"),
+    Layout("A-expanded-heads", "a view from expand: head stride 0",
+           "all KV heads are one", "B 2 T D", "B T R", min_heads=2,
+           strides="2*bs*d, d, 0, 1", mla_strides="bs*r, r, 0, 1", v_from_k="bs*d"),
+    Layout("A-off-by-one", "the base pointer is aligned to one element only",
+           "G2 or M1, one element in", "B 2 T H D", "B T H R", offset=1, base="1",
+           strides="2*bs*h*d, h*d, d, 1", mla_strides=MLA_PACKED_STRIDES, v_from_k="bs*h*d"),
+    Layout("A-odd-page", "the block's stride is a multiple of nothing",
+           "7 elements between blocks", "B 2 T H D", "B T H R", page_pad=7,
+           strides="2*bs*h*d + 7, h*d, d, 1", mla_strides="bs*h*r + 7, h*r, r, 1",
+           v_from_k="bs*h*d"),
+    Layout("A-padded-rows", "rows longer than d",
+           "48 bytes after each row", "B 2 T H D", "B T H R", row_pad_bytes=48,
+           strides="2*bs*h*(d+48//size), h*(d+48//size), d+48//size, 1",
+           mla_strides="bs*h*(r+48//size), h*(r+48//size), r+48//size, 1",
+           v_from_k="bs*h*(d+48//size)"),
+    Layout("A-absurd-strides", "strides of size-1 dimensions mean nothing",
+           "G2 or M1, with 2^40 where no stride is needed", "B 2 T H D", "B T H R", absurd=True,
+           strides="2*bs*h*d, h*d, d, 1", mla_strides=MLA_PACKED_STRIDES, v_from_k="bs*h*d"),
+    Layout("A-huge-blocks", "block id times stride exceeds 32 bits",
+           "the last block starts beyond 2^31 elements", "B 2 T H D", "B T H R", huge=True,
+           strides="far(nb), h*d, d, 1", mla_strides="far(nb), h*r, r, 1", v_from_k="bs*h*d"),
+    Layout("A-huge-tokens", "token times stride exceeds 32 bits",
+           "the last token of a block lies beyond 2^31 elements", "T 2 B H D", "T B H R", huge=True,
+           strides="h*d, far(bs), d, 1", mla_strides="h*r, far(bs), r, 1", v_from_k="nb*h*d"),
+    Layout("A-huge-heads", "head times stride exceeds 32 bits (LHBNC does)",
+           "the last head starts beyond 2^31 elements", "H 2 B T D", "H B T R", huge=True,
+           min_heads=2, strides="bs*d, d, far(h), 1", mla_strides="bs*r, r, far(h), 1",
+           v_from_k="nb*bs*d"),
+    Layout("A-huge-values", "the distance from K to V exceeds 32 bits (G1 does)",
+           "V starts 2^31 elements after K", "2 B T H D", huge=True,
+           strides=PACKED_STRIDES, v_from_k="far(2)"),
+    Layout("A-v-before-k", "K and V are neighbours, the other way round",
+           "V's row and K's row of a token are one row", "B T H C", reversed_row=True,
+           strides="bs*h*(dk+dv), h*(dk+dv), dk+dv, 1", v_from_k="-dv"),
+    Layout("A-same-pointer", "a look-alike: V inside K, if pointers were all",
+           "V starts where K does and takes every other element", "B T H C", "B T H C",
+           lookalike="same_pointer",
+           strides=POINTER_STRIDES + "1", mla_strides=POINTER_STRIDES + "1",
+           v_strides=POINTER_STRIDES + "2", v_from_k="0"),
+    Layout("A-overlap", "a look-alike: V begins inside K's row and ends outside",
+           "the last part of K's row is the first part of V's", "B T H C", "B T H C",
+           lookalike="overlap", v_from_k="dk - min(dk, dv)//2",
+           strides=OVERLAP_STRIDES, mla_strides=OVERLAP_STRIDES),
+    Layout("A-gap", "a look-alike: almost neighbours",
+           "8 elements between K's row and V's", "B T H C", "B T H C", lookalike="gap",
+           strides="bs*h*(dk+dv+8), h*(dk+dv+8), dk+dv+8, 1",
+           mla_strides="bs*h*(dk+dv+8), h*(dk+dv+8), dk+dv+8, 1", v_from_k="dk+8"),
+)
+# fmt: on
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (*_GQA, *_MLA, *_ADVERSARIAL)}
+
+
+def find_layout(name: str) -> Layout:
+    """The layout of this name, or of this number (``G2``, ``m10``).
+
+    Raises:
+        KeyError: There is none; the text lists all names.
+    """
+    for layout in LAYOUTS.values():
+        number = layout.name.partition("-")[0]  # "A" is none: it would find the first of many
+        if name.lower() in (layout.name.lower(), number.lower()) and name.upper() != "A":
+            return layout
+    raise KeyError(f"no layout {name!r}; there are {', '.join(LAYOUTS)}")

@@ -1,0 +1,139 @@
+"""The contract's formula written a second time, one query token after the other, and a way to call the law.
+
+``anystride.reference`` gathers a sequence and works on all of its scores at once. ``second_formula``
+shares no code with it: it walks the tables in Python, and takes positions from counting instead of
+from arithmetic. In float64 it checks the law; in the storage dtype it is the plain PyTorch of the tolerance.
+"""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anystride import flash_attn_varlen_func
+from anystride.problem import Call, Numbers, Problem, bucket, make_problem
+from anystride.reference import attention
+
+__all__ = ["checked", "law", "second_formula"]
+
+
+def checked(arguments: dict[str, Any]) -> tuple[Problem, Call]:
+    """The facts and the tensors of a call of ``flash_attn_varlen_func`` with these arguments."""
+    bound = inspect.signature(flash_attn_varlen_func).bind(**arguments)
+    bound.apply_defaults()
+    given = bound.arguments
+    call = Call(*(given.get(name) for name in Call._fields))  # type: ignore[arg-type]
+    facts = {name: given[name] for name in Numbers._fields if name in given}
+    facts |= {
+        "max_keys": bucket(given["max_seqlen_k"]),
+        "window": tuple(given["window_size"] or (-1, -1)),
+        "wants_lse": True,
+    }
+    return make_problem(call, Numbers(**facts)), call
+
+
+def law(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What ``anystride.reference`` says, in float64; NaN in rows of no sequence."""
+    return attention(*checked(arguments))
+
+
+def second_formula(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Attention with every product, weight and sum rounded to ``dtype``.
+
+    Returns:
+        ``out`` ``[total_q, num_q_heads, d_v]`` in ``dtype``, and ``lse`` ``[num_q_heads, total_q]`` in float32
+        or, if ``dtype`` is that, float64. Rows of no sequence are NaN.
+    """
+    a = arguments
+    wide = torch.promote_types(dtype, torch.float32)
+    q, num_q_heads = a["q"], a["q"].shape[1]
+    d_qk, d_v, num_kv_heads = q.shape[2], a["v"].shape[-1], a["k"].shape[-2]
+    has_q_v = a.get("q_v") is not None
+    scale = a.get("softmax_scale")
+    if scale is None:
+        scale = 1 / (d_qk + d_v * has_q_v) ** 0.5
+    out = torch.full((q.shape[0], num_q_heads, d_v), float("nan"), dtype=dtype)
+    lse = torch.full((num_q_heads, q.shape[0]), float("nan"), dtype=wide)
+    head_of = torch.arange(num_q_heads) // (num_q_heads // num_kv_heads)  # the KV head of a query head
+    starts = a["cu_seqlens_q"].tolist()
+    for seq, (begin, end) in enumerate(pairwise(starts)):
+        k, v = _rows_of(a, seq, dtype)
+        k, v = k[:, head_of], v[:, head_of]  # [length, num_q_heads, d]
+        positions, total = _positions_of(a, seq, k.shape[0])
+        q_by, k_by, v_by = (_factor_of(a, name, seq)[head_of].to(dtype) for name in "qkv")
+        for row in range(begin, end):
+            scores = (q[row].to(dtype) * k).sum(-1) * (q_by * k_by)  # [length, num_q_heads]
+            if has_q_v:
+                scores = scores + (a["q_v"][row].to(dtype) * v).sum(-1) * (q_by * v_by)
+            scores = scores * scale
+            if a.get("softcap"):
+                scores = torch.tanh(scores / a["softcap"]) * a["softcap"]
+            own = total - (end - row)  # the query's own position: the last query is the last token
+            if a.get("alibi_slopes") is not None:
+                slopes = a["alibi_slopes"].to(dtype)
+                distance = torch.tensor([abs(own - p) for p in positions], dtype=dtype)
+                scores = scores - distance[:, None] * (slopes[seq] if slopes.dim() == 2 else slopes)
+            seen = [i for i, p in enumerate(positions) if _is_visible(a, own, p)]
+            if not seen:
+                out[row], lse[:, row] = 0, float("-inf")
+                continue
+            logits = scores[seen].to(wide)
+            if a.get("s_aux") is not None:
+                logits = torch.cat([logits, a["s_aux"].to(dtype).to(wide)[None]])
+            top = logits.amax(0)
+            total_weight = (logits - top).exp().sum(0)
+            weights = ((logits[: len(seen)] - top).exp() / total_weight).to(dtype)
+            out[row] = (weights[..., None] * v[seen]).sum(0) * v_by[:, None]
+            lse[:, row] = top + total_weight.log()
+    return out, lse
+
+
+def _is_visible(a: dict[str, Any], own: int, position: int) -> bool:
+    left, right = a.get("window_size") or (-1, -1)
+    if a.get("causal"):
+        right = 0
+    return (left < 0 or position >= own - left) and (right < 0 or position <= own + right)
+
+
+def _rows_of(a: dict[str, Any], seq: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """K and V of a sequence, ``[length, num_kv_heads, d]``, found token by token."""
+    k, v, table = a["k"], a["v"], a.get("block_table")
+    if table is None:
+        first = int(a["cu_seqlens_k"][seq])
+        last = int(a["cu_seqlens_k"][seq + 1])
+        if a.get("seqused_k") is not None:
+            last = first + int(a["seqused_k"][seq])
+        return k[first:last].to(dtype), v[first:last].to(dtype)
+    keys, values = [], []
+    for token in range(int(a["seqused_k"][seq])):
+        block, inside = int(table[seq, token // k.shape[-3]]), token % k.shape[-3]
+        where = (block, inside) if k.dim() == 4 else (block // k.shape[1], block % k.shape[1], inside)
+        keys.append(k[where].to(dtype))
+        values.append(v[where].to(dtype))
+    if not keys:
+        return k.new_empty(0, *k.shape[-2:], dtype=dtype), v.new_empty(0, *v.shape[-2:], dtype=dtype)
+    return torch.stack(keys), torch.stack(values)
+
+
+def _positions_of(a: dict[str, Any], seq: int, length: int) -> tuple[list[int], int]:
+    """The place of each key in its whole sequence, and how long that is."""
+    world = a.get("cp_world_size", 1)
+    if world == 1:
+        return list(range(length)), length
+    total, run = int(a["cp_tot_seqused_k"][seq]), a.get("cp_interleave", 1)
+    mine = [p for p in range(total) if (p // run) % world == a["cp_rank"]]
+    assert len(mine) == length, "the test's lengths do not fit its ranks"
+    return mine, total
+
+
+def _factor_of(a: dict[str, Any], name: str, seq: int) -> Tensor:
+    """``[num_kv_heads]`` float32."""
+    heads, factor = a["k"].shape[-2], a.get(f"{name}_descale")
+    if factor is None:
+        return torch.ones(heads)
+    factor = torch.as_tensor(factor, dtype=torch.float32)
+    return factor.reshape(-1).expand(heads) if factor.numel() == 1 else factor[seq]
