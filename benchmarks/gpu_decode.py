@@ -14,8 +14,9 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import peers
 import torch
@@ -62,6 +63,7 @@ MLA = [
     Row("b 64, hq 16, kv 8k, layer of 8", 64, 16, 1, 576, 512, 8192, layers=8),
     Row("b 64, hq 16, kv 8k, padded", 64, 16, 1, 576, 512, 8192, pad=64 * 17),
     Row("b 64, hq 16, kv 8k, padded by 16 bytes", 64, 16, 1, 576, 512, 8192, pad=8),
+    Row("b 64, hq 16, kv 8k, padded by 32 bytes", 64, 16, 1, 576, 512, 8192, pad=16),
     Row("b 64, hq 16, kv 8k, block 16", 64, 16, 1, 576, 512, 8192, block=16),
     Row("b 64, hq 128, kv 8k, layer of 8", 64, 128, 1, 576, 512, 8192, layers=8),
 ]
@@ -89,7 +91,7 @@ def lengths_of(row: Row) -> list[int]:
     return (row.keys * (1 + 0.5 * noise)).clamp(row.q_len, 2 * row.keys).int().tolist()
 
 
-def build(row: Row) -> dict:
+def build(row: Row) -> dict[str, Any]:
     """The arguments of a call: permuted blocks in a cache with the row's layout."""
     device, dtype = torch.device("cuda"), torch.bfloat16
     torch.manual_seed(0)
@@ -124,7 +126,7 @@ def build(row: Row) -> dict:
     }  # fmt: skip
 
 
-def plain(row: Row, kwargs: dict, sequences: list[int]) -> dict[int, torch.Tensor]:
+def plain(row: Row, kwargs: dict[str, Any], sequences: list[int]) -> dict[int, torch.Tensor]:
     """Plain float32 attention for some sequences."""
     results = {}
     k, v, table = kwargs["k"], kwargs["v"], kwargs["block_table"]
@@ -153,7 +155,7 @@ def error(row: Row, out: torch.Tensor, wanted: dict[int, torch.Tensor]) -> float
     return worst
 
 
-def must_move(row: Row, kwargs: dict) -> int:
+def must_move(row: Row, kwargs: dict[str, Any]) -> int:
     """Bytes: each valid row once (shared bytes once), q and out."""
     per_key = row.kv_heads * (row.d_qk + (0 if row.d_v < row.d_qk else row.d_v)) * 2
     return sum(lengths_of(row)) * per_key + 2 * row.q_len * row.batch * row.q_heads * (row.d_qk + row.d_v)
@@ -166,7 +168,7 @@ def operations(row: Row) -> int:
 
 def microseconds(call: peers.Call, rep: int = 60) -> float:
     """Median device time of a call with a cold L2 cache."""
-    return 1e3 * triton.testing.do_bench(call, warmup=10, rep=rep, return_mode="median")
+    return float(1e3 * triton.testing.do_bench(call, warmup=10, rep=rep, return_mode="median"))
 
 
 def ceilings() -> dict[str, float]:
@@ -183,15 +185,13 @@ def ceilings() -> dict[str, float]:
     return {"read": read, "copy": copy, "product": product}
 
 
-def ours(kwargs: dict, row: Row) -> peers.Call:
+def ours(kwargs: dict[str, Any], row: Row) -> peers.Call:
     """Our call, its schedule made once and shared, as a model's layers do."""
     metadata = anystride.get_scheduler_metadata(
         row.batch, row.q_len, kwargs["max_seqlen_k"], row.q_heads, row.kv_heads, row.d_qk,
         kwargs["seqused_k"], torch.bfloat16, row.d_v, kwargs["cu_seqlens_q"], causal=kwargs["causal"],
     )  # fmt: skip
-    return lambda: anystride.flash_attn_varlen_func(
-        **kwargs, scheduler_metadata=metadata, backend="triton"
-    )
+    return lambda: anystride.flash_attn_varlen_func(**kwargs, scheduler_metadata=metadata, backend="triton")
 
 
 def host_microseconds(call: peers.Call, calls: int = 50) -> float:
@@ -206,10 +206,10 @@ def host_microseconds(call: peers.Call, calls: int = 50) -> float:
     return statistics.median(times)
 
 
-def makers(row: Row, kwargs: dict, absent: dict[str, str]) -> dict[str, peers.Call]:
+def makers(row: Row, kwargs: dict[str, Any], absent: dict[str, str]) -> dict[str, peers.Call]:
     """Every kernel that takes the case."""
     mla = row.kv_heads == 1 and row.d_v < row.d_qk
-    found = {"anystride": lambda: ours(kwargs, row)}
+    found: dict[str, Callable[[], peers.Call]] = {"anystride": lambda: ours(kwargs, row)}
     if mla:
         found["FlashMLA"] = lambda: peers.flash_mla(kwargs, row.d_v)
     found["FA3"] = lambda: peers.fa3(kwargs, mla)

@@ -1,7 +1,7 @@
 """The peers' kernels, each called as its own project calls it.
 
-``../shared/peers/get_peers DIR`` puts them into a folder, which every function here takes. Each maker returns a
-callable without arguments that runs one call, or raises ``Absent`` with the reason.
+``../shared/peers/get_peers DIR`` puts them into a folder, which every function here takes. Each maker returns
+a callable without arguments that runs one call, or raises ``Absent`` with the reason.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-Call = Callable[[], torch.Tensor]
+Call = Callable[[], Any]  # the output
 
 
 class Absent(Exception):
@@ -66,7 +67,7 @@ def _load_vllm_triton(peers: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def flash_mla(kwargs: dict, d_v: int) -> Call:
+def flash_mla(kwargs: dict[str, Any], d_v: int) -> Call:
     """FlashMLA's dense decode; the schedule is made once and shared, as a model's layers do."""
     q, k = kwargs["q"], kwargs["k"]
     if k.shape[1] != 64 or k.shape[-1] != 576:
@@ -75,7 +76,7 @@ def flash_mla(kwargs: dict, d_v: int) -> Call:
     q4 = q.view(batch, -1, q.shape[1], q.shape[2])
     state = {"metadata": None, "splits": None}
 
-    def run() -> torch.Tensor:
+    def run() -> Any:
         out, _lse, state["metadata"], state["splits"] = torch.ops._flashmla_C.dense_decode_fwd(
             q4, k, d_v, kwargs["seqused_k"], kwargs["block_table"], kwargs["softmax_scale"],
             kwargs.get("causal", False), state["metadata"], state["splits"], None,
@@ -85,7 +86,7 @@ def flash_mla(kwargs: dict, d_v: int) -> Call:
     return run
 
 
-def fa3(kwargs: dict, q_v: bool) -> Call:
+def fa3(kwargs: dict[str, Any], q_v: bool) -> Call:
     """FlashAttention-3 as vLLM ships it; MLA in its ``q_v`` form."""
     q, k, v = kwargs["q"], kwargs["k"], kwargs["v"]
     latent = None
@@ -102,7 +103,7 @@ def fa3(kwargs: dict, q_v: bool) -> Call:
         -1, -1, False, 0, None, 0,
     )  # fmt: skip
 
-    def run() -> torch.Tensor:
+    def run() -> Any:
         out, _lse, _a, _b = torch.ops._vllm_fa3_C.fwd(
             q, k, v, None, None, latent, None, kwargs["cu_seqlens_q"], None, None, None,
             kwargs["seqused_k"], tokens, longest, kwargs["block_table"], None, None, None, None, None,
@@ -114,7 +115,7 @@ def fa3(kwargs: dict, q_v: bool) -> Call:
     return run
 
 
-def vllm_triton(kwargs: dict, is_mla: bool) -> Call:
+def vllm_triton(kwargs: dict[str, Any], is_mla: bool) -> Call:
     """vLLM's Triton decode kernel with the number of splits that vLLM chooses."""
     q, k, v = kwargs["q"], kwargs["k"], kwargs["v"]
     if kwargs["max_seqlen_q"] > 1:
@@ -132,7 +133,7 @@ def vllm_triton(kwargs: dict, is_mla: bool) -> Call:
     )
     one = torch.ones((), dtype=torch.float32, device=q.device)
 
-    def run() -> torch.Tensor:
+    def run() -> Any:
         decode(
             q, k, v, out, lse, kwargs["block_table"], kwargs["seqused_k"], logits, splits,
             kwargs["softmax_scale"], k.shape[1], k_scale=one, v_scale=one, is_mla=is_mla,

@@ -45,7 +45,7 @@ def second_formula(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tenso
     """Attention with every product, weight and sum rounded to ``dtype``.
 
     Returns:
-        ``out`` ``[total_q, num_q_heads, d_v]`` in ``dtype``, and ``lse`` ``[num_q_heads, total_q]`` in float32
+        ``out`` ``[total_q, num_q_heads, d_v]`` in ``dtype``, ``lse`` ``[num_q_heads, total_q]`` in float32
         or, if ``dtype`` is that, float64. Rows of no sequence are NaN.
     """
     a = arguments

@@ -60,8 +60,8 @@ def flash_attn_varlen_func(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new query tokens over a KV cache of any strides, read in place.
 
-    For query token ``i`` of the ``n`` of a sequence with ``sk`` keys, ``centre = sk - n + i``, over the keys ``j``
-    with ``centre - left <= j <= centre + right`` (causal: ``j <= centre``)::
+    For query token ``i`` of the ``n`` of a sequence with ``sk`` keys, ``centre = sk - n + i``, over the keys
+    ``j`` with ``centre - left <= j <= centre + right`` (causal: ``j <= centre``)::
 
         s_j = softmax_scale * (q_i . k_j + q_v_i . v_j)
         lse = log(sum_j exp(s_j) + exp(s_aux))          # natural log
@@ -77,7 +77,8 @@ def flash_attn_varlen_func(
         k: The cache of keys, dtype of ``q`` or float8_e4m3fn / float8_e5m2, read only. With ``block_table``:
             ``[num_blocks, block_size, num_kv_heads, d_qk]``, or 5-D
             ``[num_pages, blocks_per_page, block_size, num_kv_heads, d_qk]``, where block ``b`` is block
-            ``b % blocks_per_page`` of page ``b // blocks_per_page``. Without: ``[total_k, num_kv_heads, d_qk]``.
+            ``b % blocks_per_page`` of page ``b // blocks_per_page``. Without:
+            ``[total_k, num_kv_heads, d_qk]``.
             Any strides on every axis, 0 and overlaps included; addresses are 64-bit.
         v: The cache of values, as ``k`` with ``d_v`` for ``d_qk``; its strides are its own.
         max_seqlen_q: Upper bound on the query tokens of a sequence.
@@ -114,9 +115,9 @@ def flash_attn_varlen_func(
         backend: None picks the first that can; ``triton``, ``cpu`` or ``reference`` is obeyed or refused.
 
     Returns:
-        ``out`` ``[total_q, num_q_heads, d_v]`` in the dtype of ``q``; with ``return_softmax_lse`` also ``lse``
-        ``[num_q_heads, total_q]`` float32. A row that sees no key has out 0 and lse -inf. Rows of ``q``
-        past ``cu_seqlens_q[-1]`` are left unwritten.
+        ``out`` ``[total_q, num_q_heads, d_v]`` in the dtype of ``q``; with ``return_softmax_lse`` also
+        ``lse`` ``[num_q_heads, total_q]`` float32. A row that sees no key has out 0 and lse -inf. Rows of
+        ``q`` past ``cu_seqlens_q[-1]`` are left unwritten.
 
     Raises:
         InvalidInputError: The call breaks the contract above, on whatever device.
@@ -140,7 +141,7 @@ def flash_attn_varlen_func(
     traced = _is_traced(q)
     numbers = (
         max_seqlen_q, max_seqlen_k if traced else bucket(max_seqlen_k), softmax_scale, causal,
-        (-1, -1) if window_size is None else (window_size[0], window_size[1]),
+        (-1, -1) if window_size is None else tuple(window_size),
         softcap, num_splits, deterministic, batch_invariant, cp_world_size, cp_rank, cp_interleave,
         return_softmax_lse,
     )
@@ -159,7 +160,7 @@ def _is_traced(q: Tensor) -> bool:
     """Whether somebody watches the call: a compiler, a dispatch mode, or a tensor subclass."""
     return (
         torch.compiler.is_compiling()
-        or type(q) is not Tensor
+        or (type(q) is not Tensor and isinstance(q, Tensor))  # what is no tensor is left to the checks
         or torch._C._len_torch_dispatch_stack() > 0
     )
 
@@ -187,8 +188,8 @@ def explain(
 ) -> Explanation:
     """Tell who would run a call and how, who refuses and why, and what it must move.
 
-    Takes the arguments of :func:`flash_attn_varlen_func` and runs nothing of it. Reads the lengths and times a
-    copy once a device, so it synchronises: for a person, not for a hot path.
+    Takes the arguments of :func:`flash_attn_varlen_func` and runs nothing of it. Reads the lengths and times
+    a copy once a device, so it synchronises: for a person, not for a hot path.
 
     Returns:
         An :class:`~anystride.explanation.Explanation`; ``print`` it.
@@ -261,8 +262,8 @@ def get_scheduler_metadata(
         sm_margin: Processors to leave free.
 
     Returns:
-        int32 ``[8 * (parts + 1)]`` on the device of ``cache_seqlens``; its length depends on shapes only. On a
-        CPU, where nothing is scheduled, a header of zeros.
+        int32 ``[8 * (parts + 1)]`` on the device of ``cache_seqlens``; its length depends on shapes only. On
+        a CPU, where nothing is scheduled, a header of zeros.
 
     Raises:
         InvalidInputError: For arguments that have no meaning here.
@@ -299,7 +300,7 @@ def get_scheduler_metadata(
         headdim,
         headdim if headdim_v is None else headdim_v,
         causal,
-        (window_size[0], window_size[1]),
+        tuple(window_size),  # type: ignore[arg-type]
     )
     return make_metadata(problem, cu_seqlens_q, cache_seqlens, sm_margin)
 
@@ -336,7 +337,7 @@ def warmup(
     device, d_qk, d_v = k.device, k.shape[-1], v.shape[-1]
     longest = max_seqlen_k or k[..., 0, 0].numel()
     for query_len in max_seqlen_q:
-        for batch in sorted({1, min(max_batch, 128), min(max_batch, 129), max_batch}):
+        for batch in sorted({1 << i for i in range(max_batch.bit_length())} | {max_batch}):
             q = torch.zeros(batch * query_len, num_q_heads, d_qk, dtype=dtype, device=device)
             latent = q.new_zeros(q.shape[0], num_q_heads, d_v) if q_v else None
             starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len

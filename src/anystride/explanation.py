@@ -97,7 +97,7 @@ def bytes_to_move(problem: Problem, call: Call) -> int:
     else:
         assert call.cu_seqlens_k is not None  # the checks demand one of the two
         lengths = call.cu_seqlens_k.diff().tolist()
-    tokens = sum(lengths)
+    tokens: int = sum(lengths)
     entries = sum(-(-n // problem.block_size) for n in lengths) if problem.paged else 0
     per_head = problem.d_qk + problem.d_v * (2 if problem.has_q_v else 1)
     queries = problem.total_q * problem.num_q_heads * per_head * problem.dtype.itemsize

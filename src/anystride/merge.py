@@ -16,15 +16,17 @@ def merge(outs: Tensor, lses: Tensor, s_aux: Tensor | None = None) -> tuple[Tens
         out = sum_r w_r * out_r
 
     Args:
-        outs: ``[parts, total_q, num_q_heads, d_v]``, any float dtype, any strides: each part's normalised output.
+        outs: ``[parts, total_q, num_q_heads, d_v]``, any float dtype, any strides: each part's normalised
+            output.
         lses: ``[parts, num_q_heads, total_q]``, natural logarithm; ``-inf`` where a part saw no key. The
             part's output is then ignored, whatever it holds.
         s_aux: ``[num_q_heads]``: sinks, one more logit of the merged row. Only for parts that were
             computed without sinks (context parallelism).
 
     Returns:
-        ``out`` ``[total_q, num_q_heads, d_v]`` in the dtype of ``outs``, and ``lse`` ``[num_q_heads, total_q]``
-        in that of ``lses``. Rows that no part saw a key of have out 0 and lse -inf.
+        ``out`` ``[total_q, num_q_heads, d_v]`` in the dtype of ``outs``, and ``lse``
+        ``[num_q_heads, total_q]`` in that of ``lses``. Rows that no part saw a key of have out 0 and lse
+        -inf.
 
     Source: Flash-Decoding (split-KV), https://pytorch.org/blog/flash-decoding/.
     """
@@ -32,6 +34,8 @@ def merge(outs: Tensor, lses: Tensor, s_aux: Tensor | None = None) -> tuple[Tens
     parts = lses.to(wide)
     top = parts.amax(0)
     empty = top == float("-inf")
+    if s_aux is not None:  # a sink far above the parts must not overflow
+        top = torch.maximum(top, s_aux.to(wide)[:, None])
     top = top.masked_fill(empty, 0.0)
     total = torch.exp(parts - top).sum(0)  # [num_q_heads, total_q]
     if s_aux is not None:

@@ -32,7 +32,7 @@ def _attention(*args: object) -> None:
     tensors, rest = args[:17], args[17:]
     max_seqlen_q, max_keys, scale, causal, left, right, *numbers, backend = rest
     call = Call(*tensors)  # type: ignore[arg-type]
-    packed = Numbers(
+    packed = Numbers(  # type: ignore[call-arg]
         max_seqlen_q,  # type: ignore[arg-type]
         bucket(max_keys),  # type: ignore[arg-type]
         scale,  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ torch.library.register_fake("anystride::attention", _attention_fake, lib=_librar
 def attention(call: Call, numbers: Numbers, backend: str | None) -> None:
     """Call the operator; ``call.out`` is given, and ``call.lse`` if it is wanted."""
     tensors = [
-        torch.full((), t, dtype=torch.float32, device=call.q.device) if isinstance(t, float) else t
+        torch.full((), t, dtype=torch.float32, device=call.q.device) if isinstance(t, float | int) else t
         for t in call
     ]
     n = numbers

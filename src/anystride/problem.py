@@ -166,9 +166,7 @@ def alignment(tensor: torch.Tensor) -> int:
 
 def used_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     """Strides with 0 in place of those that no element uses (dimensions of size 1)."""
-    return tuple(
-        0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    return tuple(0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def row_offset(k: torch.Tensor, v: torch.Tensor) -> int | None:
@@ -350,9 +348,7 @@ def canonical(problem: Problem, call: Call) -> Call:
     return call._replace(
         k=k,
         v=v,
-        alibi_slopes=alibi
-        if alibi is None
-        else alibi.expand(problem.batch, problem.num_q_heads),
+        alibi_slopes=alibi if alibi is None else alibi.expand(problem.batch, problem.num_q_heads),
         q_descale=_expand_descale(call.q_descale, heads),
         k_descale=_expand_descale(call.k_descale, heads),
         v_descale=_expand_descale(call.v_descale, heads),
@@ -369,16 +365,22 @@ def _expand_descale(
 
 def _check_tensors(call: Call, faults: _Faults) -> None:
     """Kinds, number of dimensions, dtypes and devices: what the later checks rely on."""
-    device = call.q.device
     for name, tensor in call._asdict().items():
-        if tensor is None or isinstance(tensor, float | int):
+        if tensor is None and name not in ("q", "k", "v", "cu_seqlens_q"):
             continue
-        if not faults.need(
+        if isinstance(tensor, float | int) and name.endswith("_descale"):
+            continue
+        faults.need(
             isinstance(tensor, torch.Tensor),
             f"{name} must be a tensor.",
             f"{type(tensor).__name__}",
             "torch.Tensor",
-        ):
+        )
+    if faults:  # the other checks look into them
+        return
+    device = call.q.device
+    for name, tensor in call._asdict().items():
+        if not isinstance(tensor, torch.Tensor):
             continue
         faults.need(
             tensor.device == device,
@@ -390,7 +392,7 @@ def _check_tensors(call: Call, faults: _Faults) -> None:
     dims = {"q": (3,), "q_v": (3,), "out": (3,), "s_aux": (1,), "alibi_slopes": (1, 2)}
     dims |= {"cu_seqlens_q": (1,), "cu_seqlens_k": (1,), "seqused_k": (1,), "lse": (2,)}
     dims |= {"cp_tot_seqused_k": (1,), "block_table": (2,), "scheduler_metadata": (1,)}
-    dims |= {name: (4, 5) if call.block_table is not None else (3,) for name in ("k", "v")}
+    dims |= dict.fromkeys(("k", "v"), (4, 5) if call.block_table is not None else (3,))
     shapes = {
         "q": "[total_q, num_q_heads, d_qk]",
         "q_v": "[total_q, num_q_heads, d_v]",
@@ -451,9 +453,9 @@ def _check_tensors(call: Call, faults: _Faults) -> None:
     for name in ("alibi_slopes", "s_aux", "q_descale", "k_descale", "v_descale"):
         tensor = getattr(call, name)
         if isinstance(tensor, torch.Tensor):
-            allowed = (torch.float32,) if "descale" in name else (torch.float32, *Q_DTYPES)
+            dtypes = (torch.float32,) if "descale" in name else (torch.float32, *Q_DTYPES)
             faults.need(
-                tensor.dtype in allowed,
+                tensor.dtype in dtypes,
                 f"{name} must be {'float32' if 'descale' in name else 'a floating-point tensor'}.",
                 _facts(tensor),
                 "float32",
@@ -478,8 +480,7 @@ def _check_shapes(call: Call, faults: _Faults) -> None:
     faults.need(
         num_kv_heads > 0 and num_q_heads > 0 and num_q_heads % num_kv_heads == 0,
         "num_q_heads must be a multiple of num_kv_heads.",
-        f"num_q_heads = {num_q_heads} (q.shape[1]), "
-        f"num_kv_heads = {num_kv_heads} (k.shape[{k.dim() - 2}])",
+        f"num_q_heads = {num_q_heads} (q.shape[1]), num_kv_heads = {num_kv_heads} (k.shape[{k.dim() - 2}])",
     )
     for name, d in (("d_qk", d_qk), ("d_v", d_v)):
         faults.need(
@@ -511,6 +512,12 @@ def _check_shapes(call: Call, faults: _Faults) -> None:
                 _facts(call.out),
                 "no stride of 0 on a dimension of size above 1",
             )
+            faults.need(
+                not _overlaps_itself(call.out),
+                "out must not overlap itself: each of its elements is written once.",
+                _facts(call.out),
+                "strides that give each element an address of its own",
+            )
     batch = call.cu_seqlens_q.shape[0] - 1
     faults.need(
         batch >= 0, "cu_seqlens_q must have batch + 1 entries.", _facts(call.cu_seqlens_q), "[batch + 1]"
@@ -535,9 +542,7 @@ def _check_shapes(call: Call, faults: _Faults) -> None:
             _facts(call.block_table),
             f"[{batch}, max_blocks]     (batch = cu_seqlens_q.shape[0] - 1 = {batch})",
         )
-        faults.need(
-            k.shape[-3] > 0, "block_size must be at least 1 token.", f"k {list(k.shape)}"
-        )
+        faults.need(k.shape[-3] > 0, "block_size must be at least 1 token.", f"k {list(k.shape)}")
     else:
         faults.need(
             call.cu_seqlens_k is not None,
@@ -606,15 +611,13 @@ def _check_extras(call: Call, numbers: Numbers, faults: _Faults) -> None:
 
 
 def _check_numbers(call: Call, numbers: Numbers, faults: _Faults) -> None:
-    left, right = numbers.window
+    window = numbers.window
     faults.need(
-        left >= -1 and right >= -1,
+        len(window) == 2 and min(window) >= -1,
         "window_size must be (left, right), in tokens, -1 for unbounded.",
-        f"window_size = ({left}, {right})",
+        f"window_size = {window}",
     )
-    faults.need(
-        numbers.softcap >= 0.0, "softcap must not be negative.", f"softcap = {numbers.softcap}"
-    )
+    faults.need(numbers.softcap >= 0.0, "softcap must not be negative.", f"softcap = {numbers.softcap}")
     faults.need(
         numbers.num_splits >= 0,
         "num_splits must not be negative.",
@@ -673,3 +676,13 @@ def shape_problem(
         cp_world_size=1, cp_rank=0, cp_interleave=1, num_splits=0, batch_invariant=False,
         deterministic=False, metadata_words=0,
     )  # fmt: skip
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may have one address: told from strides sorted by size, as torch does."""
+    reach = 0
+    for s, n in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if 0 < s <= reach:
+            return tensor.numel() > 0
+        reach += s * (n - 1)
+    return False

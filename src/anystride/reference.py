@@ -128,5 +128,6 @@ def _one_sequence(
     lse = torch.logsumexp(logits, -1) if logits.shape[-1] else scores.new_full((heads, group, n), 0.0)
     lse = lse.masked_fill(empty, float("-inf"))  # [num_kv_heads, group_size, n]
     weights = torch.exp(scores - lse.masked_fill(empty, 0.0)[..., None])
+    v = v.masked_fill(~visible.any(0)[:, None, None], 0.0)  # 0 x NaN is NaN: hidden values may be anything
     out = torch.einsum("hgnj,jhd->nhgd", weights, v) * v_scale[None, :, None, None]
     return out.reshape(n, heads * group, -1), lse.reshape(heads * group, n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,11 +33,12 @@ def choose_config(problem: Problem) -> Config:
     return Config()
 
 
+@torch.no_grad()
 def run(problem: Problem, config: Config, call: Call, scratch: list[Tensor]) -> None:
     """Write the float64 results, rounded once to the dtypes of ``out`` and ``lse``."""
     out, lse = attention(problem, call)
     starts = call.cu_seqlens_q.tolist()
-    for begin, end in zip(starts, starts[1:], strict=False):
+    for begin, end in pairwise(starts):
         call.out[begin:end].copy_(out[begin:end])
         if call.lse is not None:
             call.lse[:, begin:end].copy_(lse[:, begin:end])

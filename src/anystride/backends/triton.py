@@ -1,7 +1,8 @@
 """The portable back end on GPUs: the launch of the Triton kernels.
 
-Accepts everything in the contract and uses nothing of one vendor. Two launches at most a call: decode
-and, where work may be cut, combine; a third one, first, when no ``scheduler_metadata`` was given.
+Accepts everything in the contract and needs nothing of one vendor; Hopper and later start the second kernel
+early. Two launches at most a call: decode and, where work may be cut, combine; a third one, first, when
+no ``scheduler_metadata`` was given.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from anystride.kernels.combine import combine_kernel
 from anystride.kernels.decode import decode_kernel
 from anystride.kernels.ranges import KEYS_PER_STEP
 from anystride.kernels.schedule import WORDS_PER_PART, schedule_kernel
-from anystride.problem import Call, Problem
+from anystride.problem import Call, Problem, bucket
 
 NAME = "triton"
 
@@ -110,7 +111,12 @@ def choose_tiles(rows: int, problem: Problem, target: Target) -> Tiles:
     elif target.backend == "hip":
         n, warps, stages, programs = (16, 4, 1, 1) if wide else (32, 4, 1, 2)
     elif wide:
-        n, warps, stages, programs = {16: (32, 4, 3, 2), 32: (64, 8, 3, 1)}.get(m, (32, 8, 3, 1))
+        # Few sequences: half as many shares to combine outweigh two programs that hide each other's waits.
+        few = bucket(problem.batch) * problem.num_kv_heads * 4 <= target.processors
+        if m == 16 and (problem.batch_invariant or not few):
+            n, warps, stages, programs = 32, 4, 3, 2
+        else:
+            n, warps, stages, programs = (64, 8, 3, 1) if m <= 32 else (32, 8, 3, 1)
     elif width < 256:
         n, warps, stages, programs = 64, 4, 3, 3
     else:
@@ -193,7 +199,7 @@ def vector(strides: tuple[int, ...], align: int, itemsize: int) -> int:
 
 def is_narrow(strides: tuple[int, ...]) -> bool:
     """Whether the rows of a tile lie within 2^31 elements of its first."""
-    return STEP * strides[2] < 1 << 31
+    return bool(STEP * strides[2] < 1 << 31)
 
 
 def schedule_rows(problem: Problem, target: Target) -> tuple[Tiles, int]:
@@ -208,29 +214,34 @@ def schedule_rows(problem: Problem, target: Target) -> tuple[Tiles, int]:
     return tiles, row_tiles
 
 
-def num_parts(problem: Problem, target: Target) -> int:
-    """Parts of the schedule: as many as run at once; more where queries are long and costs uneven."""
+def full_parts(problem: Problem, target: Target) -> int:
+    """Parts that run at once; more where queries are long and the costs of their units uneven."""
     tiles, row_tiles = schedule_rows(problem, target)
-    group, heads = problem.group_size, problem.num_kv_heads
-    units = -(-group * problem.max_seqlen_q // (row_tiles * tiles.m))
+    units = -(-problem.group_size * problem.max_seqlen_q // (row_tiles * tiles.m))
     slots = target.processors * tiles.programs_per_processor
     if units > 1:
         slots *= 4  # causal units cost less than they are charged with
-    parts = max(1, slots // (row_tiles * heads))
-    steps = -(-problem.max_keys // STEP)
-    return min(parts, max(1, problem.batch * units * steps))
+    return max(1, slots // (row_tiles * problem.num_kv_heads))
+
+
+def num_parts(problem: Problem, target: Target) -> int:
+    """Parts of the schedule: no more than there are steps of work."""
+    tiles, row_tiles = schedule_rows(problem, target)
+    units = -(-problem.group_size * problem.max_seqlen_q // (row_tiles * tiles.m))
+    steps: int = -(-problem.max_keys // STEP)
+    return min(full_parts(problem, target), max(1, problem.batch * units * steps))
 
 
 def combine_tiles(shares: int, groups: int, d_v: int, processors: int) -> tuple[int, int]:
     """Shares and dimensions that a program of the combine kernel reads at once.
 
-    Its rows are ``COMBINE_ROWS``; there are ``groups`` programs for each slice of ``d_v``. Slices are as wide as
-    four programs a processor allow; the rest of what registers hold goes to shares.
+    Its rows are ``COMBINE_ROWS``; there are ``groups`` programs for each slice of ``d_v``. Slices are as wide
+    as two programs a processor allow; the rest of what registers hold goes to shares.
     """
-    slices = triton.next_power_of_2(max(1, 4 * processors // groups))
-    d = min(512, max(4, triton.next_power_of_2(d_v) // slices))
+    slices = bucket(2 * processors // groups)
+    d = min(512, max(4, bucket(d_v) // slices))
     elements = 4096 if shares <= 64 else 8192
-    return min(triton.next_power_of_2(shares), max(1, elements // (COMBINE_ROWS * d))), d
+    return min(bucket(shares), max(1, elements // (COMBINE_ROWS * d))), d
 
 
 def choose_config(problem: Problem) -> Config:
@@ -309,24 +320,29 @@ def config_for(problem: Problem, target: Target) -> Config:
         "TILE_N": tiles.n,
         "STAGES": tiles.stages,
     }
-    # A unit that spans several parts has a share in each; most have a part of their own at either end.
-    shares = -(-parts // (problem.batch * units)) + 1 if scheduled else splits
-    by_unit = problem.batch * units <= parts
-    rows = min(rows_per_unit, problem.group_size * problem.max_seqlen_q)
-    row_groups = -(-rows // COMBINE_ROWS)
-    places = problem.batch * units if by_unit or not scheduled else parts
-    groups = row_groups * problem.num_kv_heads * places
-    combine_splits, combine_d = combine_tiles(shares, groups, problem.d_v, target.processors)
+    row_groups = -(-min(rows_per_unit, problem.group_size * problem.max_seqlen_q) // COMBINE_ROWS)
+    if scheduled:
+        # From the bucket of the batch and not from the longest sequence: neither may compile anew.
+        # A unit that spans several parts has a share in each, and most have one at either end.
+        full = full_parts(problem, target)
+        most_units = bucket(problem.batch) * units
+        by_unit = most_units <= full
+        groups = row_groups * problem.num_kv_heads * min(most_units, full)
+        shares = -(-full // most_units) + 1
+        combine_splits, combine_d = combine_tiles(shares, groups, problem.d_v, target.processors)
+    else:
+        # Nothing of the batch: under batch_invariant its sums must not change with it.
+        by_unit, combine_splits, combine_d = True, 16, 16
+    places = problem.batch * units if by_unit else parts
     combine_constants = {
         "GROUP_SIZE": problem.group_size,
         "DIMS_V": problem.d_v,
-        "WINDOWED": problem.window_left >= 0
-        and problem.window_right >= 0
-        and problem.cp_world_size == 1,
+        "WINDOWED": problem.window_left >= 0 and problem.window_right >= 0 and problem.cp_world_size == 1,
         "SCHEDULED": scheduled,
         "BY_UNIT": by_unit,
         "FIXED_SPLITS": fixed > 0,
         "OVERLAP": overlap,
+        "NARROW": scheduled and lines * (problem.d_v + 1) < 1 << 31,
         "DECODE_M": tiles.m,
         "TILE_SEQ": 128 if problem.batch <= 128 else 1024,
         "TILE_SPLITS": combine_splits,
@@ -362,7 +378,7 @@ class Ready(NamedTuple):
 
     run: Any  # Triton's launcher
     arguments: list[Any]
-    places: tuple[tuple[int, int], ...]  # (position among the arguments, index into SOURCES)
+    places: tuple[tuple[int, int], ...]  # (place among the arguments, index into SOURCES)
 
 
 STREAM = 3  # its position among a launcher's arguments
@@ -521,22 +537,21 @@ def run(problem: Problem, config: Config, call: Call, scratch: list[Tensor]) -> 
                 tensors[name] = tensors[name].view(torch.uint8)  # the target cannot load fp8
         with _current(problem.device):
             started = [first_start(launch, tensors) for launch in launches(problem, config, call)]
-        config.ready.extend(x for x in started if x is not None)
+        config.ready[:] = [x for x in started if x is not None]  # two threads may come here at once
         return
     driver = triton.runtime.driver.active
     if driver.get_current_device() == problem.device.index:
-        start_ready(config, driver, (*call, *scratch))
+        start_ready(config, driver.get_current_stream(problem.device.index), (*call, *scratch))
     else:
         with _current(problem.device):
-            start_ready(config, driver, (*call, *scratch))
+            start_ready(config, driver.get_current_stream(problem.device.index), (*call, *scratch))
 
 
-def start_ready(config: Config, driver: Any, sources: tuple[Any, ...]) -> None:
-    """Start the launches of a plan that are compiled, on the current stream of the current device."""
-    stream = driver.get_current_stream(driver.get_current_device())
+def start_ready(config: Config, stream: int, sources: tuple[Any, ...]) -> None:
+    """Start the launches of a plan that are compiled, on a stream of the current device."""
     for launch, template, places in config.ready:
         arguments = template.copy()
         arguments[STREAM] = stream
-        for position, source in places:
-            arguments[position] = sources[source].data_ptr()
+        for place, source in places:
+            arguments[place] = sources[source].data_ptr()
         launch(*arguments)

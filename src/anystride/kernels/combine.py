@@ -38,13 +38,14 @@ def combine_kernel(
     WINDOWED: tl.constexpr,
     SCHEDULED: tl.constexpr, BY_UNIT: tl.constexpr, FIXED_SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched while the decode kernel runs
+    NARROW: tl.constexpr,  # the partial results are fewer than 2^31 elements
     DECODE_M: tl.constexpr,  # rows of a tile of the decode kernel
     TILE_SEQ: tl.constexpr, TILE_SPLITS: tl.constexpr, TILE_M: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """One program: a few rows of one unit, a slice of their dimensions, over all of the unit's splits.
 
-    Grid: ``(row tiles of a unit x slices of d_v, num_kv_heads, units or parts)``. A scheduled unit is found from
-    the part in which it begins, or, BY_UNIT, which wants few units, from its place on the axis of cost.
+    Grid: ``(row tiles of a unit x slices of d_v, num_kv_heads, units or parts)``. A scheduled unit is found
+    from the part in which it begins, or, BY_UNIT, which wants few units, from its place on the axis of cost.
     Units that were not cut end at once. The splits are read in their order, so the bits do not depend
     on who finished first.
     """
@@ -123,11 +124,11 @@ def combine_kernel(
     for first in tl.range(0, num_splits, TILE_SPLITS, num_stages=1):
         split = first + tl.arange(0, TILE_SPLITS)  # [TILE_SPLITS]
         slot = tl.where(split == 0, first_slot, later_slot + split * slot_step)
-        line = (slot * num_kv_heads + kv_head).to(tl.int64) * rows_per_unit
+        line = (slot * num_kv_heads + kv_head) * rows_per_unit
+        if not NARROW:
+            line = line.to(tl.int64)
         mask = (split < num_splits)[:, None] & row_mask[None, :]  # [TILE_SPLITS, TILE_M]
-        lse = tl.load(
-            partial_lse_ptr + line[:, None] + in_unit[None, :], mask=mask, other=float("-inf")
-        )
+        lse = tl.load(partial_lse_ptr + line[:, None] + in_unit[None, :], mask=mask, other=float("-inf"))
         # A share without keys wrote zeros: its weight is 0.
         values = tl.load(
             partial_ptr + line[:, None, None] * DIMS_V + in_slot[None, :, :],

@@ -101,7 +101,7 @@ def descale(ptr, stride_seq, stride_head, seq, kv_head):
 
 @triton.jit
 def score(q, keys, scores, ROWS_FIRST: tl.constexpr):
-    """Add the products of queries ``[TILE_M, D]`` and keys ``[TILE_N, D]``: ``[TILE_M, TILE_N]`` or its transpose."""
+    """Add the products of queries ``[TILE_M, D]`` and keys ``[TILE_N, D]``, rows first or keys first."""
     if ROWS_FIRST:
         scores = tl.dot(q, tl.trans(keys), scores, input_precision="ieee")
     else:
@@ -135,8 +135,9 @@ def row_offsets(offs_n, stride_token, NARROW: tl.constexpr, VECTOR: tl.constexpr
 
 @triton.jit
 def load_blocks(
-    table_ptr, stride_table_block, key, key_end, BLOCK_SIZE: tl.constexpr, TILE_N: tl.constexpr
-):
+    table_ptr, stride_table_block, key, first_key, key_end, BLOCK_SIZE: tl.constexpr, TILE_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+):  # fmt: skip
     """Block ids of the tile that begins at ``key``: one, or ``[TILE_N]`` if it may span several."""
     entry = key // BLOCK_SIZE
     mask = key < key_end
@@ -144,6 +145,8 @@ def load_blocks(
         positions = key + tl.arange(0, TILE_N)
         entry = positions // BLOCK_SIZE
         mask = positions < key_end
+        if HAS_LEFT:
+            mask = mask & (positions >= first_key)
     half_ptr = (table_ptr + entry.to(tl.int64) * stride_table_block).to(tl.pointer_type(tl.int16))
     low = tl.load(half_ptr, mask=mask, other=0).to(tl.int32) & 0xFFFF
     high = tl.load(half_ptr + 1, mask=mask, other=0).to(tl.int32)
@@ -196,7 +199,7 @@ def decode_kernel(
 ):  # fmt: skip
     """Scores, online softmax and weighted values for the rows and keys of one part.
 
-    Grid: ``(row tiles of a unit, num_kv_heads, parts)``. Row tiles of a unit walk the same keys at the same time.
+    Grid: ``(row tiles of a unit, num_kv_heads, parts)``. Row tiles of a unit walk the same keys at once.
 
     SCHEDULED: the part's run of (sequence, unit, step) comes from ``schedule_kernel``. Otherwise part
     ``p`` is split ``p % splits_per_unit`` of unit ``p // splits_per_unit``: an equal share of the unit's
@@ -207,7 +210,8 @@ def decode_kernel(
     ``combine_kernel``; a scheduled part has two slots: for its first unit, which it may not begin, and
     its last.
 
-    Reads table entries and rows below each length only. Masked values enter as zero: 0 x NaN is NaN.
+    Reads table entries and rows below each length only, and of a window only what some row of the unit sees.
+    Masked values enter as zero: 0 x NaN is NaN.
     """
     tile_in_unit = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -226,9 +230,7 @@ def decode_kernel(
         end_unit = tl.load(row + 4)
         end_step = tl.load(row + 5)
         # A schedule made for other arguments would give wrong results without a word: give NaN instead.
-        broken = (tl.load(metadata_ptr) != SCHEDULE_MARK) | (
-            tl.load(metadata_ptr + 1) != rows_per_unit
-        )
+        broken = (tl.load(metadata_ptr) != SCHEDULE_MARK) | (tl.load(metadata_ptr + 1) != rows_per_unit)
         broken = broken | (tl.load(metadata_ptr + 2) != batch)
         if broken:
             fill_nan(
@@ -257,7 +259,9 @@ def decode_kernel(
     if V_AT < KEY_DIMS:
         in_k0 = tl.where(dims_k0 >= V_AT, dims_k0 + DIMS_V, dims_k0) if V_AT > 0 else dims_k0 + DIMS_V
 
-    while (seq < end_seq) | ((seq == end_seq) & ((unit < end_unit) | ((unit == end_unit) & (step < end_step)))):
+    while (seq < end_seq) | (
+        (seq == end_seq) & ((unit < end_unit) | ((unit == end_unit) & (step < end_step)))
+    ):
         q_start, num_tokens, length, total = sequence_facts(
             seq, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr,
             stride_seqused, cp_tot_ptr, stride_cp_tot,
@@ -277,7 +281,7 @@ def decode_kernel(
         whole = (step == 0) & (stop_step == steps)
         first_row = unit * rows_per_unit + tile_in_unit * TILE_M
         if (first_row < num_tokens * GROUP_SIZE) & (step < stop_step) & (unit < units):
-            first_step, key_end = unit_keys(
+            first_step, first_key, key_end = unit_keys(
                 unit, num_tokens, length, total, GROUP_SIZE, rows_per_unit, window_left, window_right,
                 HAS_LEFT, HAS_RIGHT, CP_WORLD_SIZE > 1,
             )  # fmt: skip
@@ -325,9 +329,7 @@ def decode_kernel(
                         q_v_base, q_v_rows, in_v1, stride_q_v_dim, row_mask, D_V1, DIMS_V - D_V0, Q_UNIT
                     )  # [TILE_M, D_V1]
 
-            q_factor = descale(
-                q_descale_ptr, stride_q_descale_seq, stride_q_descale_head, seq, kv_head
-            )
+            q_factor = descale(q_descale_ptr, stride_q_descale_seq, stride_q_descale_head, seq, kv_head)
             k_factor = k_scale * descale(
                 k_descale_ptr, stride_k_descale_seq, stride_k_descale_head, seq, kv_head
             )
@@ -361,12 +363,14 @@ def decode_kernel(
             for key in tl.range(key_begin, key_end, TILE_N, num_stages=STAGES):
                 positions = key + offs_n  # [TILE_N]
                 mask_n = positions < key_end
+                if HAS_LEFT:
+                    mask_n = mask_n & (positions >= first_key)
                 if BLOCK_SIZE == 0:
                     k_base = k_head + (k_start + key) * stride_k_token
                     v_base = v_head + (k_start + key) * stride_v_token
                 else:
                     block = load_blocks(
-                        table_ptr, stride_table_block, key, key_end, BLOCK_SIZE, TILE_N
+                        table_ptr, stride_table_block, key, first_key, key_end, BLOCK_SIZE, TILE_N, HAS_LEFT
                     )
                     if BLOCKS_PER_PAGE == 1:
                         k_base = k_head + block.to(tl.int64) * stride_k_page

@@ -58,15 +58,16 @@ def unit_keys(
     unit, num_tokens, length, total, group_size, rows_per_unit, window_left, window_right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
-    """``(first step, end of keys)`` that any row of the unit can see. Shards are visited whole."""
+    """``(first step, first key, end of keys)`` that any row of the unit can see. Shards are visited whole."""
     first_token = unit * rows_per_unit // group_size
     last_token = tl.minimum((unit * rows_per_unit + rows_per_unit - 1) // group_size, num_tokens - 1)
     first_step = 0
+    first_key = 0
     key_end = length
     if not SHARDED:
         if HAS_LEFT:
-            first_key = total - num_tokens + first_token - window_left
-            first_step = tl.maximum(first_key, 0) // KEYS_PER_STEP
+            first_key = tl.maximum(total - num_tokens + first_token - window_left, 0)
+            first_step = first_key // KEYS_PER_STEP
         if HAS_RIGHT:
             key_end = tl.minimum(key_end, total - num_tokens + last_token + window_right + 1)
-    return first_step, key_end
+    return first_step, first_key, key_end

@@ -42,7 +42,8 @@ def schedule_kernel(
     """One program a part: finds where its share of the cost begins and ends.
 
     Grid: ``(num_parts,)``. Reads the lengths twice: once for the total, once to find the two cuts.
-    Header: ``mark, rows_per_unit, batch, used parts, 0, 0, 0, 0``; the decode kernel compares it with its own.
+    Header: ``mark, rows_per_unit, batch, used parts, 0, 0, 0, 0``; the decode kernel compares it with its
+    own.
     """
     part = tl.program_id(0)
     offs = tl.arange(0, TILE_SEQ)
@@ -143,9 +144,7 @@ def costs(
     else:
         length = tl.load(cu_seqlens_k_ptr + (seqs + 1) * stride_cu_k, mask=mask, other=0)
         length -= tl.load(cu_seqlens_k_ptr + seqs * stride_cu_k, mask=mask, other=0)
-    steps = nominal_steps(
-        num_tokens, length, group_size, rows_per_unit, window_left, window_right, WINDOWED
-    )
+    steps = nominal_steps(num_tokens, length, group_size, rows_per_unit, window_left, window_right, WINDOWED)
     units = num_units(num_tokens, group_size, rows_per_unit)
     return tl.where(mask, units.to(tl.int64) * (steps + overhead), 0)
 
@@ -162,9 +161,7 @@ def _place(
         seq_read, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr,
         stride_seqused, None, 0,
     )  # fmt: skip
-    steps = nominal_steps(
-        num_tokens, length, group_size, rows_per_unit, window_left, window_right, WINDOWED
-    )
+    steps = nominal_steps(num_tokens, length, group_size, rows_per_unit, window_left, window_right, WINDOWED)
     units = num_units(num_tokens, group_size, rows_per_unit)
     unit = (rest // (steps + overhead)).to(tl.int32)
     step = (rest % (steps + overhead)).to(tl.int32)

@@ -1,0 +1,60 @@
+# Each target sets up what it needs, once: .venv is made anew only when its inputs change.
+#   make test             everything that CI runs
+#   make demo             the main job, on whatever machine this is
+#   make PYTHON=python3.12 test
+# The versions installed are those of constraints.txt, which need Python 3.11 or later.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
+
+.PHONY: test lint demo long bench-cpu compile-matrix clean
+.DELETE_ON_ERROR:
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(READY)
+	$(BIN)/anystride demo
+
+# Random problems, many of them. A failure prints the seed that brings it back.
+long: export ANYSTRIDE_PROPERTY_EXAMPLES ?= 20000
+long: export ANYSTRIDE_PROPERTY_SEED ?= $(shell date +%s)
+long: $(READY)
+	@echo "$$ANYSTRIDE_PROPERTY_EXAMPLES examples, seed $$ANYSTRIDE_PROPERTY_SEED"
+	$(BIN)/python -m pytest -n 2 tests/test_properties.py
+
+bench-cpu: $(READY)
+	$(BIN)/python benchmarks/cpu_decode.py
+
+# Compiles the kernels for GPUs that are not here, with every Triton that is supported. With
+# PYTEST_ADDOPTS=--slow for more of their variants.
+compile-matrix: $(TRITONS:%=.triton/%/.ready) $(READY)
+	for version in $(TRITONS); do \
+		echo "Triton $$version"; \
+		PYTHONPATH=.triton/$$version $(BIN)/python -m pytest -n 2 tests/test_compile.py || exit 1; \
+	done
+
+# Some Linux distributions take ensurepip out of venv: then pip comes from outside.
+$(BIN)/python:
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
+		$(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.triton/%/.ready: | $(BIN)/python
+	rm -rf .triton/$*
+	$(BIN)/python -m pip install --no-deps --target .triton/$* triton==$*
+	touch $@
+
+clean:
+	rm -rf .venv .triton build dist src/*.egg-info anystride-demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,127 @@
+"""Compile what a call would launch, for a GPU that is not here.
+
+The call goes the whole way, entry, plan and back end, with tensors on the CPU. Three things are put in its
+way: the back end is told that the device is the target, Triton too, and a launch compiles and launches
+nothing. Signatures and specialisations are then those that the JIT chooses, whatever a kernel's arguments.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from anystride import flash_attn_varlen_func, plan
+from anystride.backends import triton as backend
+from anystride.backends.triton import Target
+
+__all__ = ["TARGETS", "Binary", "compile_call", "standing_in"]
+
+# Shared memory: what one program can have, CUDA programming guide, table of compute capabilities; CDNA3 ISA.
+TARGETS = {
+    "sm_80": (Target("cuda", 80, 108, 166912), GPUTarget("cuda", 80, 32)),
+    "sm_89": (Target("cuda", 89, 142, 101376), GPUTarget("cuda", 89, 32)),
+    "sm_90": (Target("cuda", 90, 132, 232448), GPUTarget("cuda", 90, 32)),
+    "sm_100": (Target("cuda", 100, 148, 232448), GPUTarget("cuda", 100, 32)),
+    "gfx942": (Target("hip", 0, 304, 65536), GPUTarget("hip", "gfx942", 64)),
+}
+
+
+class Binary(NamedTuple):
+    """A compiled kernel and what it takes of the machine."""
+
+    kernel: str
+    shared_bytes: int
+    spilled_bytes: int  # a thread; on NVIDIA its stack, which is empty when nothing is spilled
+    assembly: str  # PTX or AMD's
+
+
+class _Driver:
+    """As much of a driver as compiling needs, for a device on which nothing is compiled yet."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> _Driver:
+        return self  # the key under which the JIT remembers what it has compiled
+
+    def get_current_stream(self, device: _Driver) -> int:
+        return 0
+
+
+@contextmanager
+def standing_in(target: str) -> Iterator[list[tuple[str, Any]]]:
+    """Let the ``triton`` back end believe that the CPU is the target, and compile instead of launching.
+
+    Yields:
+        The name and the compiled kernel of every launch, in order, as they come.
+    """
+    facts, gpu = TARGETS[target]
+    launched: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launched.append((self.__name__, run(self, *args, grid=grid, warmup=True, **options)))
+
+    plan._PLANS.clear()  # plans do not know about the stand-in
+    try:
+        with (
+            mock.patch.object(backend, "device_target", return_value=facts),
+            mock.patch.object(backend, "refusals", return_value=[]),
+            mock.patch.object(driver, "_active", _Driver(gpu)),
+            mock.patch.object(JITFunction, "run", compile_only),
+        ):
+            yield launched
+    finally:
+        plan._PLANS.clear()
+
+
+def compile_call(kwargs: dict[str, Any], target: str) -> list[Binary]:
+    """Compile every kernel that a call would launch on a target.
+
+    Args:
+        kwargs: Arguments of ``flash_attn_varlen_func``, on the CPU.
+        target: A key of ``TARGETS``.
+
+    Returns:
+        The kernels in the order of their launches.
+    """
+    with standing_in(target) as launched:
+        flash_attn_varlen_func(**kwargs, backend="triton")
+    return [_inspect(*kernel) for kernel in launched]
+
+
+def _inspect(name: str, made: Any) -> Binary:
+    assembly = made.asm.get("ptx") or made.asm["amdgcn"]
+    if "cubin" in made.asm:
+        spilled = _stack_bytes(made.asm["cubin"])
+    else:
+        # A spilled register is 4 bytes of each lane.
+        spilled = 4 * sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
+    return Binary(name, made.metadata.shared, spilled, assembly)
+
+
+def _stack_bytes(cubin: bytes) -> int:
+    """Bytes of stack of a thread, as the binary itself says."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"STACK:(\d+)", text)
+    assert found, f"cuobjdump says nothing of the stack:\n{text}"
+    return max(int(n) for n in found)

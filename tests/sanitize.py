@@ -1,0 +1,69 @@
+"""A dozen strided calls for compute-sanitizer, each checked against the reference.
+
+    compute-sanitizer --error-exitcode 1 python tests/sanitize.py
+
+The allocator's cache is off, so that every tensor is an allocation of its own and an access outside of
+one is seen. Gaps and unused blocks are inside of an allocation: they are NaN, and a result shows them.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import sys
+from dataclasses import replace
+
+import torch
+from checks import assert_right, attend
+
+from anystride import get_scheduler_metadata
+from anystride.testing import find_case, find_layout, make_inputs
+
+# Case, layout, strides of q and out, strides of the table.
+CALLS = (
+    ("tiny-gqa", "G2", "packed", "packed"),
+    ("tiny-gqa", "G4", "fused_qkv", "columns_of_wider"),
+    ("tiny-gqa", "G5", "heads_first", "transposed"),
+    ("tiny-gqa", "G15", "padded_rows", "every_other_column"),
+    ("tiny-gqa", "A-inner-step-2", "inner_step_2", "packed"),
+    ("tiny-gqa", "A-off-by-one", "off_by_one", "packed"),
+    ("tiny-gqa", "A-expanded-heads", "dim_major", "packed"),
+    ("tiny-all-features", "A-dim-major", "packed", "packed"),
+    ("tiny-uneven-dims", "A-odd-page", "off_by_one", "packed"),
+    ("tiny-pages", "G11", "packed", "packed"),
+    ("tiny-row", "M3", "packed", "packed"),
+    ("tiny-row-fp8", "M14", "packed", "packed"),
+    ("tiny-q_v", "M8", "heads_first", "packed"),
+    ("tiny-q_v-all-features", "M10", "packed", "packed"),
+    ("tiny-dense", "G16", "packed", "packed"),
+    ("tiny-prefill", "G20", "packed", "packed"),
+    ("tiny-cp", "G3", "packed", "packed"),
+)
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("needs a CUDA device", file=sys.stderr)  # noqa: T201
+        return 2
+    for name, layout, rows, table in CALLS:
+        case = replace(find_case(name), seqused_k=(0, 70, 200))
+        inputs = make_inputs(case, find_layout(layout), "cuda", rows=rows, table=table, out=rows)
+        kwargs = inputs.kwargs
+        metadata = None
+        if case.paged:
+            metadata = get_scheduler_metadata(
+                case.batch, kwargs["max_seqlen_q"], kwargs["max_seqlen_k"], case.num_q_heads,
+                case.num_kv_heads, case.d_qk, kwargs["seqused_k"], case.torch_dtype, case.d_v,
+                kwargs["cu_seqlens_q"], causal=case.causal, window_size=case.window,
+            )  # fmt: skip
+        for given in ({}, {"scheduler_metadata": metadata}, {"num_splits": 3}):
+            assert_right(inputs, *attend(inputs, "triton", **given))
+        torch.cuda.synchronize()
+        print(f"{name} in {layout}: right", flush=True)  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

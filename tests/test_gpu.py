@@ -1,0 +1,508 @@
+"""What needs a CUDA device: the whole table on the ``triton`` back end, and its promises about the device.
+
+pytest tests/test_gpu.py -n 8         one device; compiling kernels takes most of the time
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from checks import assert_right, attend
+from compilations import compilations
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from twins import layouts_of, packed_twin
+
+from anystride import (
+    UnsupportedError,
+    explain,
+    flash_attn_varlen_func,
+    get_scheduler_metadata,
+    plan,
+    warmup,
+)
+from anystride.testing import LAYOUTS, Case, Inputs, compatible, find_case, find_layout, make_inputs, select
+from anystride.testing.rows import ROW_RECIPES, TABLE_RECIPES
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+STEP = 64  # keys: the schedule cuts nowhere else
+Result = tuple[Tensor, Tensor | None]
+
+
+def run(inputs: Inputs, **others: Any) -> Result:
+    """Make the call and hold it to the law."""
+    out, lse = attend(inputs, "triton", **others)
+    assert_right(inputs, out, lse)
+    return out, lse
+
+
+def assert_same_bits(left: Result, right: Result) -> None:
+    for one, other in zip(left, right, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
+def metadata_of(inputs: Inputs, **others: Any) -> Tensor:
+    case, kwargs = inputs.case, inputs.kwargs | others
+    return get_scheduler_metadata(
+        case.batch, kwargs["max_seqlen_q"], kwargs["max_seqlen_k"], case.num_q_heads, case.num_kv_heads,
+        case.d_qk, kwargs["seqused_k"], case.torch_dtype, case.d_v, kwargs["cu_seqlens_q"],
+        causal=case.causal, window_size=case.window,
+    )  # fmt: skip
+
+
+# The table
+
+
+@pytest.mark.parametrize("case", select("full"), ids=lambda case: case.name)
+def test_case_is_right(case: Case) -> None:
+    ranks = 1 if case.cp is None else case.cp.world_size
+    for rank in range(ranks):
+        run(make_inputs(case, layouts_of(case)[0], DEVICE, rank=rank))
+
+
+@pytest.mark.parametrize("name", ["bench-mla-b1-h16-kv128k", "bench-gqa-b1-h32-8-d128-kv32k"])
+def test_long_context_is_right(name: str) -> None:
+    case = find_case(name)
+    run(make_inputs(case, layouts_of(case)[0], DEVICE, guard=False))
+
+
+# Layouts
+
+LAYOUT_CASES = ("llama-3-8b", "deepseek-v3-mtp", "deepseek-v3-q_v")
+SPECIAL_CASES = ("pages-4x16", "pages-row-2x64", "fp8-row", "mistral-small-4")
+
+
+def cases_of_layouts() -> Iterator[Any]:
+    for name, layout in LAYOUTS.items():
+        cases = [find_case(case) for case in LAYOUT_CASES]
+        fitting = [case for case in cases if compatible(case, layout) is None]
+        # Pages, fp8 and other widths only for the layouts that exist for them.
+        fitting = fitting or [
+            case for case in map(find_case, SPECIAL_CASES) if compatible(case, layout) is None
+        ]
+        assert fitting, f"no case fits {name}"
+        if layout.huge and compatible(find_case("dense"), layout) is None:
+            fitting.append(find_case("dense"))
+        marks = [pytest.mark.large] if layout.huge else []
+        for case in fitting:
+            yield pytest.param(case, name, marks=marks, id=f"{name}-{case.name}")
+
+
+@pytest.mark.parametrize(("case", "name"), list(cases_of_layouts()))
+def test_layout_changes_no_bit(case: Case, name: str) -> None:
+    inputs = make_inputs(case, LAYOUTS[name], DEVICE)
+    result = run(inputs)
+    twin = packed_twin(inputs, DEVICE)
+    if twin is not None:
+        assert_same_bits(result, run(twin))
+
+
+@pytest.mark.parametrize("rows", ROW_RECIPES)
+@pytest.mark.parametrize("name", LAYOUT_CASES)
+def test_strides_of_q_and_out_change_no_bit(name: str, rows: str) -> None:
+    case = find_case(name)
+    layout = layouts_of(case)[0]
+    packed = run(make_inputs(case, layout, DEVICE))
+    assert_same_bits(packed, run(make_inputs(case, layout, DEVICE, rows=rows, out=rows)))
+
+
+@pytest.mark.parametrize("table", TABLE_RECIPES)
+def test_strides_of_the_table_change_no_bit(table: str) -> None:
+    case = find_case("llama-3-8b")
+    layout = layouts_of(case)[0]
+    packed = run(make_inputs(case, layout, DEVICE))
+    assert_same_bits(packed, run(make_inputs(case, layout, DEVICE, table=table)))
+
+
+@pytest.mark.large
+def test_queries_and_results_beyond_32_bits() -> None:
+    case = replace(find_case("llama-3-8b"), seqused_k=(70, 200), q_lens=(1, 1))
+    inputs = make_inputs(case, find_layout("G2"), DEVICE)
+    far, q = 2**31 + 8, inputs.kwargs["q"]
+    flat = torch.empty(far + q.numel(), dtype=q.dtype, device=DEVICE)
+    strides = (far, case.d_qk, 1)
+    expected = run(inputs)
+    far_q = flat.as_strided(q.shape, strides)
+    far_q.copy_(q)
+    assert_same_bits(attend(inputs, "triton", q=far_q), expected)
+    far_out = flat.as_strided(q.shape, strides)  # d_v = d_qk: the same place serves
+    out, lse = attend(inputs, "triton", out=far_out)
+    assert out.data_ptr() == far_out.data_ptr()
+    assert_same_bits((out, lse), expected)
+
+
+# One plan, other lengths
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "deepseek-v3-h16", "mixed-row", "all-features"])
+def test_every_run_gives_the_same_bits(name: str) -> None:
+    case = find_case(name)
+    inputs = make_inputs(case, layouts_of(case)[0], DEVICE)
+    first = run(inputs)
+    for _ in range(20):
+        assert_same_bits(first, attend(inputs, "triton"))
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "deepseek-v3-h16", "deepseek-v3-q_v", "mixed", "gpt-oss"])
+def test_metadata_gives_the_same_bits(name: str) -> None:
+    case = find_case(name)
+    inputs = make_inputs(case, layouts_of(case)[0], DEVICE)
+    assert_same_bits(run(inputs), run(inputs, scheduler_metadata=metadata_of(inputs)))
+
+
+@pytest.mark.parametrize("fault", ["zeroed", "of another batch", "of other heads"])
+def test_metadata_of_another_step_gives_nan(fault: str) -> None:
+    inputs = make_inputs(find_case("llama-3-8b"), find_layout("G2"), DEVICE)
+    metadata = metadata_of(inputs)
+    if fault == "zeroed":
+        metadata.zero_()
+    else:
+        metadata[1 if fault == "of other heads" else 2] += 16
+    out, _ = attend(inputs, "triton", scheduler_metadata=metadata)
+    assert out.isnan().all()
+    inputs.assert_untouched()
+
+
+@pytest.mark.parametrize("name", ["batch-invariant", "row-batch-invariant"])
+def test_batch_invariant_bits_do_not_depend_on_neighbours(name: str) -> None:
+    case = replace(find_case(name), seqused_k=(5000, 40, 2049, 65))
+    inputs = make_inputs(case, layouts_of(case)[0], DEVICE)
+    out, lse = run(inputs)
+    assert lse is not None
+    kwargs = inputs.kwargs
+    starts = kwargs["cu_seqlens_q"]
+    for seq, begin in enumerate(itertools.accumulate((0, *case.q_lens[:-1]))):
+        rows = slice(begin, begin + case.q_lens[seq])
+        alone = attend(
+            inputs, "triton", q=kwargs["q"][rows], max_seqlen_q=case.q_lens[seq],
+            cu_seqlens_q=starts[seq : seq + 2] - starts[seq], seqused_k=kwargs["seqused_k"][seq : seq + 1],
+            block_table=kwargs["block_table"][seq : seq + 1],
+        )  # fmt: skip
+        assert_same_bits(alone, (out[rows], lse[:, rows]))
+
+
+# CUDA graphs
+
+
+class Engine:
+    """One captured step, and the tensors that an engine overwrites between two replays."""
+
+    def __init__(self, case: Case, layout: str, metadata: str) -> None:
+        self.inputs = make_inputs(case, find_layout(layout), DEVICE, out="packed")
+        self.kwargs = self.inputs.kwargs
+        self.table, self.how = self.kwargs["block_table"].clone(), metadata
+        self.shared = metadata_of(self.inputs) if metadata == "copied" else None
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step()  # compiles
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = self._step()
+
+    def _step(self) -> Result:
+        metadata = metadata_of(self.inputs) if self.how == "captured" else self.shared
+        return attend(self.inputs, "triton", scheduler_metadata=metadata)
+
+    def replay(self, lengths: Sequence[int], q_lens: Sequence[int], order: Sequence[int]) -> None:
+        """Replay with other lengths, and with the blocks of other sequences, and check the result."""
+        kwargs = self.kwargs
+        case = replace(self.inputs.case, seqused_k=tuple(lengths), q_lens=tuple(q_lens))
+        starts = [0, *itertools.accumulate(q_lens)]
+        kwargs["cu_seqlens_q"].copy_(torch.tensor(starts, dtype=torch.int32))
+        kwargs["seqused_k"].copy_(torch.tensor(lengths, dtype=torch.int32))
+        kwargs["block_table"].copy_(self.table[list(order)])
+        if self.shared is not None:
+            self.shared.copy_(metadata_of(self.inputs))
+        assert self.inputs.out_flat is not None
+        self.inputs.out_flat.fill_(float("nan"))
+        self.graph.replay()
+        now = replace(self.inputs, case=case, lengths=tuple(lengths))
+        assert_right(now, *self.result)
+
+
+CAPTURES = {
+    "gqa": (Case("graph-gqa", "test", (700,) * 6, (1,) * 6, 32, 8, 128, 128), "G4"),
+    "mla": (Case("graph-mla", "test", (700,) * 6, (1,) * 6, 16, 1, 576, 512, "row", 64), "M2"),
+    "q_v": (Case("graph-q_v", "test", (700,) * 6, (2,) * 6, 16, 1, 64, 512, "q_v", 64), "M9"),
+    "speculative": (Case("graph-mtp", "test", (700,) * 6, (3,) * 6, 10, 2, 64, 64, window=(200, 0)), "G3"),
+    "splits": (Case("graph-splits", "test", (700,) * 6, (1,) * 6, num_splits=4), "G2"),
+    "invariant": (Case("graph-fixed", "test", (2500,) * 6, (1,) * 6, batch_invariant=True), "G2"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata"),
+    [
+        (name, metadata)
+        for name, (case, _) in CAPTURES.items()
+        for metadata in ("none", "captured", "copied")
+        if metadata == "none" or not (case.num_splits or case.batch_invariant)  # these have no schedule
+    ],
+)
+def test_graph_replays_right_at_other_lengths(name: str, metadata: str) -> None:
+    case, layout = CAPTURES[name]
+    engine = Engine(case, layout, metadata)
+    most, n = case.seqused_k[0], case.q_lens[0]
+    same = range(case.batch)
+    engine.replay((most,) * 6, (n,) * 6, same)
+    engine.replay((n,) * 6, (n,) * 6, same)
+    engine.replay((0, most, 0, 65, 64, 0), (n,) * 6, [3, 1, 0, 2, 5, 4])
+    engine.replay((most, 300, 0, 0, 0, 0), (n, n, 0, 0, 0, 0), same)  # a padded batch
+    engine.replay((0,) * 6, (n,) * 6, same)
+    engine.replay((0,) * 6, (0,) * 6, same)
+    source = random.Random(0)
+    for _ in range(6):
+        lengths = [source.randint(0, most) for _ in same]
+        q_lens = [source.randint(0, n) for _ in same]
+        engine.replay(lengths, q_lens, source.sample(same, case.batch))
+
+
+# The operator
+
+
+class OperatorArguments(TorchDispatchMode):
+    """Keeps the arguments with which the operator is called."""
+
+    args: tuple[Any, ...]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.anystride.attention.default:
+            self.args = args
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("default")  # warnings of torch's own about itself
+@pytest.mark.parametrize("name", ["llama-3-8b", "deepseek-v3-mtp", "deepseek-v3-q_v", "all-features"])
+def test_operator_passes_opcheck(name: str) -> None:
+    case = find_case(name)
+    inputs = make_inputs(case, layouts_of(case)[-1], DEVICE, guard=False)
+    with OperatorArguments() as seen:  # type: ignore[no-untyped-call]
+        attend(inputs, "triton")
+    torch.library.opcheck(torch.ops.anystride.attention.default, seen.args)
+
+
+@pytest.mark.filterwarnings("default")  # warnings of torch's own about itself
+@pytest.mark.parametrize(
+    ("name", "layout"), [("llama-3-8b", "G4"), ("deepseek-v3-mtp", "M2"), ("gpt-oss", "G15")]
+)
+def test_compiled_call_gives_the_same_bits(name: str, layout: str) -> None:
+    inputs = make_inputs(find_case(name), find_layout(layout), DEVICE)
+    kwargs = inputs.kwargs | {"backend": "triton"}
+
+    def layer(q: Tensor, k: Tensor, v: Tensor, used: Tensor) -> Result:
+        changed = {"q": q * 2, "k": k, "v": v, "seqused_k": used}  # doubling rounds nothing
+        out, lse = flash_attn_varlen_func(**(kwargs | changed))
+        return out * 2, lse
+
+    compiled = torch.compile(layer, fullgraph=True)
+    used = kwargs["seqused_k"]
+    for lengths in (used, used // 2):
+        arguments = (kwargs["q"], kwargs["k"], kwargs["v"], lengths)
+        assert_same_bits(compiled(*arguments), layer(*arguments))
+    inputs.assert_untouched()
+
+
+# The work is shared out
+
+
+def loads_of(metadata: Tensor, lengths: Sequence[int]) -> list[int]:
+    """Steps of each part of a schedule of one unit a sequence."""
+    steps = [max(1, -(-length // STEP)) for length in lengths]
+    before = [0, *itertools.accumulate(steps)]
+    rows = metadata.view(-1, 8)[1:].tolist()
+    return [before[row[3]] + row[5] - before[row[0]] - row[2] for row in rows]
+
+
+UNEVEN = (1024,) * 31 + (128 * 1024,) + (1024,) * 32
+EVEN = (sum(UNEVEN) // 64,) * 64
+
+
+def test_uneven_batch_spreads_over_all_processors(record_property: Callable[[str, object], None]) -> None:
+    times = []
+    for lengths in (EVEN, UNEVEN):
+        case = Case("uneven", "test", lengths, (1,) * 64, 16, 1, 576, 512, "row", 64, lse=False)
+        inputs = make_inputs(case, find_layout("M1"), DEVICE, guard=False)
+        metadata = metadata_of(inputs)
+        loads = loads_of(metadata, lengths)
+        assert sum(loads) == sum(-(-length // STEP) for length in lengths)
+        processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+        busy = [load for load in loads if load]  # sequences of one length are cut at their ends only
+        assert len(busy) >= processors
+        # Parts of short sequences do fewer steps: they are charged with beginning and finishing each.
+        assert max(busy) / (sum(busy) / len(busy)) < 1.25
+        times.append(seconds_of(lambda: attend(inputs, "triton", scheduler_metadata=metadata)))  # noqa: B023
+    record_property("uneven_over_even", times[1] / times[0])
+    # In one processor's hands the long sequence would take 90 times as long as the even batch does.
+    assert times[1] < 2 * times[0]
+
+
+def seconds_of(step: Callable[[], object]) -> float:
+    """Median time on the device of a captured step."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times: list[float] = []
+    for _ in range(21):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return sorted(times)[len(times) // 2]
+
+
+# Compilations, host time, synchronisation
+
+
+def test_lengths_strides_and_batches_compile_nothing_new() -> None:
+    def call(batch: int, layout: str, lengths: Sequence[int], longest: int) -> None:
+        case = Case("again", "test", tuple(lengths) * batch, (1,) * batch * len(lengths), 32, 8, 128, 128)
+        inputs = make_inputs(case, find_layout(layout), DEVICE)
+        out, lse = attend(inputs, "triton", max_seqlen_k=longest)
+        assert_right(inputs, out, lse)
+
+    call(20, "G2", (300, 7, 100), 1 << 16)
+    with compilations() as compiled:
+        call(20, "G2", (5, 400, 0), 1 << 16)
+        call(19, "G2", (300, 7, 100), 1 << 16)
+        call(20, "G9", (300, 7, 100), (1 << 16) - 1000)
+        call(20, "G4", (300, 7, 1), 1 << 16)
+    assert compiled == []
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "deepseek-v3-h16", "deepseek-v3-q_v"])
+def test_warmup_leaves_nothing_to_compile(name: str) -> None:
+    case = find_case(name)
+    inputs = make_inputs(case, layouts_of(case)[0], DEVICE)
+    warmup(
+        inputs.kwargs["k"], inputs.kwargs["v"], case.num_q_heads, max_batch=64, max_seqlen_k=1 << 16,
+        q_v="q_v" in inputs.kwargs, causal=case.causal, softmax_scale=case.scale,
+    )  # fmt: skip
+    with compilations() as compiled:
+        run(inputs)
+        run(inputs, scheduler_metadata=metadata_of(inputs))
+        attend(inputs, "triton", return_softmax_lse=False, max_seqlen_k=1 << 15)
+    assert compiled == []
+
+
+CALLS_AHEAD = 200  # two launches each: fewer than the device queues before it makes the host wait
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "deepseek-v3-h16", "deepseek-v3-q_v"])
+def test_host_time_of_a_call(
+    name: str, record_property: Callable[[str, object], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty_strided(shape, plan.packed_strides(shape), dtype=dtype, device=device)
+
+    monkeypatch.setattr(plan, "allocate", fresh)  # without the poison, which costs a launch
+    case = find_case(name)
+    inputs = make_inputs(case, layouts_of(case)[0], DEVICE, guard=False)
+    arguments = inputs.kwargs | {"scheduler_metadata": metadata_of(inputs)}
+    times = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        for _ in range(CALLS_AHEAD):
+            begin = time.perf_counter_ns()
+            flash_attn_varlen_func(**arguments)
+            times.append(time.perf_counter_ns() - begin)
+    microseconds = sorted(times)[len(times) // 2] / 1000
+    record_property("host_microseconds", microseconds)
+    print(f"{name}: {microseconds:.1f} us on the host a call")  # noqa: T201
+    assert microseconds < 30
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize(
+    "name", ["llama-3-8b", "deepseek-v3-q_v", "mixed", "splits-3", "batch-invariant", "dense"]
+)
+def test_call_never_synchronises(name: str) -> None:
+    case = find_case(name)
+    inputs = make_inputs(case, layouts_of(case)[0], DEVICE)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        metadata = metadata_of(inputs) if case.paged else None
+        first = attend(inputs, "triton")
+        second = attend(inputs, "triton", scheduler_metadata=metadata)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_right(inputs, *first)
+    assert_right(inputs, *second)
+
+
+# Who runs, and where
+
+
+def test_triton_is_the_choice_and_the_cpu_says_why_it_is_not() -> None:
+    inputs = make_inputs(find_case("llama-3-8b"), find_layout("G2"), DEVICE)
+    explanation = explain(**inputs.kwargs)
+    assert explanation.backend == "triton"
+    assert "triton" in str(explanation)
+    assert_same_bits(attend(inputs, None), attend(inputs, "triton"))
+    with pytest.raises(UnsupportedError, match="cuda") as refused:
+        attend(inputs, "cpu")
+    assert list(refused.value.refusals) == ["cpu"]
+
+
+def test_triton_refuses_tensors_on_the_cpu() -> None:
+    inputs = make_inputs(find_case("llama-3-8b"), find_layout("G2"))
+    with pytest.raises(UnsupportedError, match="tensors are on cpu"):
+        attend(inputs, "triton")
+
+
+def test_calls_on_several_streams_do_not_meet() -> None:
+    names = ("llama-3-8b", "deepseek-v3-h16", "mixed", "gpt-oss")
+    calls = [make_inputs(find_case(name), layouts_of(find_case(name))[0], DEVICE) for name in names]
+    expected = [run(inputs) for inputs in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    results: list[list[Result]] = [[] for _ in calls]
+    for _ in range(10):
+        for stream, inputs, mine in zip(streams, calls, results, strict=True):
+            with torch.cuda.stream(stream):
+                mine.append(attend(inputs, "triton"))
+    torch.cuda.synchronize()
+    for right, mine in zip(expected, results, strict=True):
+        for result in mine:
+            assert_same_bits(right, result)
+
+
+def test_call_waits_for_its_stream() -> None:
+    inputs = make_inputs(find_case("llama-3-8b"), find_layout("G2"), DEVICE)
+    expected = run(inputs)
+    q = torch.empty_like(inputs.kwargs["q"])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # clock ticks, tens of milliseconds: q is written late
+        q.copy_(inputs.kwargs["q"])
+        result = attend(inputs, "triton", q=q)
+    side.synchronize()
+    assert_same_bits(expected, result)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_of_a_device_that_is_not_the_current_one() -> None:
+    assert torch.cuda.current_device() == 0
+    inputs = make_inputs(find_case("llama-3-8b"), find_layout("G2"), "cuda:1")
+    for _ in range(2):  # the second one takes the short way
+        run(inputs, scheduler_metadata=metadata_of(inputs))
+    assert torch.cuda.current_device() == 0
