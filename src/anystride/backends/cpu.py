@@ -27,7 +27,8 @@ NAME = "cpu"
 KEY_BYTES = 4 << 20  # rows of K and V in float32 that are held at once
 SCORES = 2 << 20  # scores or biases that are held at once, in elements
 QUERIES = 1 << 20  # elements of queries, and of results, that are held at once
-TILE_TOKENS = 192  # few enough to skip keys under a causal mask, many enough for the products
+TILE_TOKENS = 144  # few enough to skip keys under a causal mask, many enough for the products
+LONE_ROWS = 64  # rows of a KV head from which on a tile is worth a batch of its own
 LARGE_BLOCK = 1 << 16  # elements in a block's rows from which on blocks are converted one by one
 
 # Measured costs in microseconds. They decide what is batched, never what is right.
@@ -182,7 +183,7 @@ def _batches(problem: Problem, config: Config, tiles: list[Tile]) -> Iterator[li
     n = keys = 0
     for tile in sorted(tiles, key=lambda tile: (tile.n, tile.hi - tile.lo), reverse=True):
         own = -(-tile.hi // size) * size - tile.lo // size * size  # whole blocks
-        if batch:
+        if batch and n * problem.group_size < LONE_ROWS:
             count, longest = len(batch) + 1, max(keys, own)
             more = cost(count, n, longest) - cost(count - 1, n, keys)
             if (
@@ -194,6 +195,7 @@ def _batches(problem: Problem, config: Config, tiles: list[Tile]) -> Iterator[li
                 batch.append(tile)
                 keys = longest
                 continue
+        if batch:
             yield sorted(batch, key=lambda tile: tile.begin)
         batch, n, keys = [tile], tile.n, own
     yield sorted(batch, key=lambda tile: tile.begin)
@@ -297,14 +299,22 @@ def _queries(
     return q, scale
 
 
-def _visible(problem: Problem, tile: Tile, token: int, a: int, b: int) -> tuple[int, int]:
-    """Which keys of ``a`` to ``b`` a query token of the tile sees, counted from ``a``."""
-    centre, left, right = tile.centre + token, problem.window_left, problem.window_right
-    first = centre - left if left >= 0 else 0
-    end = centre + right + 1 if right >= 0 else tile.last + 1
-    if problem.cp_world_size > 1:
-        first, end = _on_rank(problem, first), _on_rank(problem, end)
-    return max(first - a, 0), min(end, b) - a
+def _seen(problem: Problem, tile: Tile, n: int, a: int, b: int) -> list[tuple[int, int]]:
+    """First and end of the keys of ``a`` to ``b`` that each query token of the tile sees, counted from ``a``.
+
+    One entry for all tokens if they see the same; else ``n``, the tile's last for its padding.
+    """
+    left, right = problem.window_left, problem.window_right
+    if (left < 0 and right < 0) or (n == 1 and problem.cp_world_size == 1):
+        return [(max(tile.lo - a, 0), min(tile.hi, b) - a)]
+    seen = []
+    for position in range(tile.centre, tile.centre + tile.n):
+        first = position - left if left >= 0 else 0
+        end = position + right + 1 if right >= 0 else tile.last + 1
+        if problem.cp_world_size > 1:
+            first, end = _on_rank(problem, first), _on_rank(problem, end)
+        seen.append((max(first - a, 0), min(end, b) - a))
+    return seen + seen[-1:] * (n - tile.n)
 
 
 def _on_rank(problem: Problem, position: int) -> int:
@@ -324,24 +334,30 @@ def _bias(
         ``[tiles, 1, n * group_size]``; None where there are none.
     """
     p, count, group = problem, len(tiles), problem.group_size
-    if n == 1 or p.window_left >= 0 or p.window_right >= 0:
-        seen = [
-            _visible(p, t, min(token, t.n - 1), a, b)
-            for t, (a, b) in zip(tiles, ranges, strict=True)
-            for token in range(n)
-        ]
-    else:
-        seen = [(0, b - a) for a, b in ranges]
     bias = empty = None
-    if any(first > 0 or end < keys for first, end in seen):
-        key = torch.arange(keys)
-        hidden = key >= torch.tensor([end for _, end in seen])[:, None]
-        if any(first > 0 for first, _ in seen):
-            hidden |= key < torch.tensor([first for first, _ in seen])[:, None]
-        bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).view(count, 1, -1, 1, keys)
-        if any(first >= end for first, end in seen):
-            empty = torch.tensor([first >= end for first, end in seen]).view(count, 1, -1, 1)
-            empty = empty.expand(count, 1, n, group).flatten(2)
+    end = tiles[0].centre + p.window_right + 1 - ranges[0][0]  # of the keys that the first token sees
+    if (
+        count == 1
+        and n > 1
+        and p.window_right >= 0
+        and p.window_left < 0
+        and p.cp_world_size == 1
+        and end > 0
+    ):
+        if end < keys:  # one long causal tile: in few steps
+            bias = torch.full((n, keys), float("-inf")).triu_(end).view(1, 1, n, 1, keys)
+    else:
+        seen = [pair for tile, (a, b) in zip(tiles, ranges, strict=True) for pair in _seen(p, tile, n, a, b)]
+        firsts, ends = zip(*seen, strict=True)
+        if max(firsts) > 0 or min(ends) < keys:
+            key = torch.arange(keys)
+            hidden = key >= torch.tensor(ends)[:, None]
+            if max(firsts) > 0:
+                hidden |= key < torch.tensor(firsts)[:, None]
+            bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).view(count, 1, -1, 1, keys)
+            sees_none = [first >= end for first, end in seen]
+            if any(sees_none):
+                empty = torch.tensor(sees_none).view(count, 1, -1, 1).expand(count, 1, n, group).flatten(2)
     if p.has_alibi:
         assert call.alibi_slopes is not None  # as has_alibi says
         slopes = call.alibi_slopes[[t.seq for t in tiles]].float().view(count, p.num_kv_heads, 1, group, 1)
@@ -389,7 +405,7 @@ def _load(
             parts = [(cache, part[..., : cache.shape[-1]]) for cache, part in parts]
             packed[int(p.d_qk > p.d_v), ..., min(p.d_qk, p.d_v) :] = 0
     if config.staged:
-        ids = _block_ids(call, tiles, blocks)
+        ids = _block_ids(call, tiles, blocks, p.num_pages * p.blocks_per_page)
         for cache, part in parts:
             part.copy_(_gather(cache, ids).view(part.shape))
     else:
@@ -409,23 +425,23 @@ def _load(
     return packed[0], packed[-1]
 
 
-def _block_ids(call: Call, tiles: list[Tile], blocks: list[tuple[int, int]]) -> Tensor:
-    """Ids of the tiles' blocks, ``[tiles * most]``, each tile padded to the most with its own first."""
+def _block_ids(call: Call, tiles: list[Tile], blocks: list[tuple[int, int]], num_blocks: int) -> Tensor:
+    """Ids of the tiles' blocks, ``[tiles * most]``, each tile padded to the most that one has."""
     table = call.block_table
     assert table is not None  # only a paged cache is staged
     if len(tiles) == 1:
         return table[tiles[0].seq, blocks[0][0] : blocks[0][1]]
-    low, high = min(first for first, _ in blocks), max(end for _, end in blocks)
     most = max(end - first for first, end in blocks)
-    if table.shape[0] * (high - low) <= 16 * len(tiles) * most:
-        rows = table[:, low:high].tolist()
-        runs = [rows[t.seq][first - low : end - low] for t, (first, end) in zip(tiles, blocks, strict=True)]
-    else:  # a small part of a large table
-        runs = [table[t.seq, first:end].tolist() for t, (first, end) in zip(tiles, blocks, strict=True)]
+    if all(first == 0 for first, _ in blocks):
+        table = table[:, :most]
+        if len(tiles) < len(table) or any(tile.seq != i for i, tile in enumerate(tiles)):
+            table = table.index_select(0, torch.tensor([tile.seq for tile in tiles]))
+        # Entries past a sequence's end may hold anything: they are made ids, and what those hold is padding.
+        return table.clamp(0, num_blocks - 1).view(-1)
     ids: list[int] = []
-    for run in runs:  # entries past a sequence's end may hold anything
-        ids += run
-        ids += run[:1] * (most - len(run))
+    for tile, (first, end) in zip(tiles, blocks, strict=True):
+        own = table[tile.seq, first:end].tolist()
+        ids += own + own[:1] * (most - len(own))
     return torch.tensor(ids)
 
 
@@ -507,11 +523,11 @@ def _store(
         if call.lse is not None:
             call.lse[:, tokens] = lse.flatten(2, 3).flatten(0, 1)
         return
-    lse = lse.flatten(2, 3).flatten(0, 1)
     n = len(tokens) // len(tiles)
     if any(tile.n < n for tile in tiles):  # leave out the padding
         real = torch.tensor([i * n + token for i, tile in enumerate(tiles) for token in range(tile.n)])
-        tokens, out, lse = tokens[real], out.index_select(0, real), lse.index_select(1, real)
+        tokens, out = tokens[real], out.index_select(0, real)
     call.out.index_copy_(0, tokens, out.to(problem.dtype))
     if call.lse is not None:
-        call.lse.index_copy_(1, tokens, lse)
+        lse = lse.flatten(2, 3).flatten(0, 1)
+        call.lse.index_copy_(1, tokens, lse if lse.shape[1] == len(tokens) else lse.index_select(1, real))

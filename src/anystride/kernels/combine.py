@@ -9,7 +9,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from anystride.kernels.decode import LN_2, LOG2_E
 from anystride.kernels.ranges import nominal_steps, num_units, sequence_facts
-from anystride.kernels.schedule import costs, part_at
+from anystride.kernels.schedule import costs, is_foreign, part_at
 
 RUNTIME = [
     "stride_out_token", "stride_out_head", "stride_out_dim", "stride_lse_head",
@@ -54,6 +54,9 @@ def combine_kernel(
     dims = (tl.program_id(0) % NUM_SLICES) * TILE_D + tl.arange(0, TILE_D)
     kv_head = tl.program_id(1)
     index = tl.program_id(2)
+    if SCHEDULED:
+        if is_foreign(metadata_ptr, rows_per_unit, batch):
+            return  # the decode kernel has answered with NaN
     if SCHEDULED and not BY_UNIT:
         row = metadata_ptr + (index + 1) * 8
         num_splits = tl.load(row + 6)

@@ -28,7 +28,7 @@ from anystride.kernels.ranges import (
     sequence_facts,
     unit_keys,
 )
-from anystride.kernels.schedule import SCHEDULE_MARK
+from anystride.kernels.schedule import is_foreign
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -230,11 +230,9 @@ def decode_kernel(
         end_unit = tl.load(row + 4)
         end_step = tl.load(row + 5)
         # A schedule made for other arguments would give wrong results without a word: give NaN instead.
-        broken = (tl.load(metadata_ptr) != SCHEDULE_MARK) | (tl.load(metadata_ptr + 1) != rows_per_unit)
-        broken = broken | (tl.load(metadata_ptr + 2) != batch)
-        if broken:
+        if is_foreign(metadata_ptr, rows_per_unit, batch):
             fill_nan(
-                out_ptr, stride_out_token, stride_out_head, stride_out_dim,
+                out_ptr, stride_out_token, stride_out_head, stride_out_dim, lse_ptr, stride_lse_head,
                 cu_seqlens_q_ptr, stride_cu_q, batch, tile_in_unit, kv_head, part, num_parts,
                 GROUP_SIZE, DIMS_V, TILE_M, 16,
             )  # fmt: skip
@@ -360,7 +358,8 @@ def decode_kernel(
                 k_start = tl.load(cu_seqlens_k_ptr + seq * stride_cu_k).to(tl.int64)
             else:
                 table_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
-            for key in tl.range(key_begin, key_end, TILE_N, num_stages=STAGES):
+            for tile_begin in tl.range(key_begin, key_end, TILE_N, num_stages=STAGES):
+                key = tl.zeros([], tl.int32) + tile_begin  # the interpreter counts in Python's integers
                 positions = key + offs_n  # [TILE_N]
                 mask_n = positions < key_end
                 if HAS_LEFT:
@@ -532,7 +531,7 @@ def decode_kernel(
 
 @triton.jit
 def fill_nan(
-    out_ptr, stride_out_token, stride_out_head, stride_out_dim,
+    out_ptr, stride_out_token, stride_out_head, stride_out_dim, lse_ptr, stride_lse_head,
     cu_seqlens_q_ptr, stride_cu_q, batch, tile_in_unit, kv_head, part, num_parts,
     GROUP_SIZE: tl.constexpr, DIMS_V: tl.constexpr, TILE_M: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -544,7 +543,12 @@ def fill_nan(
             for first_row in range(0, num_tokens * GROUP_SIZE, TILE_M):
                 rows = first_row + tl.arange(0, TILE_M)
                 head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
-                out_rows = (q_start + rows // GROUP_SIZE).to(tl.int64) * stride_out_token
+                q_token = (q_start + rows // GROUP_SIZE).to(tl.int64)
+                if lse_ptr is not None:
+                    nan = tl.full([TILE_M], float("nan"), tl.float32)
+                    lse_row = lse_ptr + head * stride_lse_head + q_token
+                    tl.store(lse_row, nan, mask=rows < num_tokens * GROUP_SIZE)
+                out_rows = q_token * stride_out_token
                 out_rows += head.to(tl.int64) * stride_out_head
                 for first_dim in range(0, DIMS_V, D):
                     dims = first_dim + tl.arange(0, D)

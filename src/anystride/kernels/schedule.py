@@ -124,6 +124,14 @@ def schedule_kernel(
 
 
 @triton.jit
+def is_foreign(metadata_ptr, rows_per_unit, batch):
+    """Whether a schedule was made for other arguments, or is none at all."""
+    foreign = tl.load(metadata_ptr) != SCHEDULE_MARK
+    foreign = foreign | (tl.load(metadata_ptr + 1) != rows_per_unit)
+    return foreign | (tl.load(metadata_ptr + 2) != batch)
+
+
+@triton.jit
 def part_at(cost, total, used_parts):
     """The part in whose share of the axis of cost a place falls."""
     return (((cost + 1) * used_parts - 1) // total).to(tl.int32)
