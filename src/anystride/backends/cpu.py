@@ -29,6 +29,7 @@ SCORES = 2 << 20  # scores or biases that are held at once, in elements
 QUERIES = 1 << 20  # elements of queries, and of results, that are held at once
 TILE_TOKENS = 144  # few enough to skip keys under a causal mask, many enough for the products
 LONE_ROWS = 64  # rows of a KV head from which on a tile is worth a batch of its own
+MASK_ELEMENTS = 1 << 16  # elements of a tile below which padding is cleared by one pass over them all
 LARGE_BLOCK = 1 << 16  # elements in a block's rows from which on blocks are converted one by one
 
 # Measured costs in microseconds. They decide what is batched, never what is right.
@@ -227,8 +228,8 @@ def _run_batch(problem: Problem, config: Config, call: Call, place: Tensor, tile
         shares = [[(tile.lo // size * size, tile.hi) for tile in tiles]]
     result = None
     for ranges in shares:
-        k, v = _load(problem, config, call, place, tiles, ranges)
-        bias, empty = _bias(problem, call, tiles, ranges, n, k.shape[2])
+        k, v, padding = _load(problem, config, call, place, tiles, ranges)
+        bias, empty = _bias(problem, call, tiles, ranges, n, k.shape[2], padding)
         if problem.softcap > 0:
             out, lse = _capped(problem.softcap, q, k, v, bias, scale)
         else:
@@ -284,7 +285,7 @@ def _queries(
     def rows(source: Tensor) -> Tensor:
         taken = source[tokens] if isinstance(tokens, slice) else source.index_select(0, tokens)
         shape = (len(tiles), -1, problem.num_kv_heads, problem.group_size, source.shape[2])
-        return taken.float().contiguous().view(shape)
+        return taken.float().reshape(shape)
 
     q, scale = rows(call.q), problem.softmax_scale
     if problem.has_q_descale or problem.has_k_descale:
@@ -325,8 +326,9 @@ def _on_rank(problem: Problem, position: int) -> int:
 
 
 def _bias(
-    problem: Problem, call: Call, tiles: list[Tile], ranges: Sequence[tuple[int, int]], n: int, keys: int
-) -> tuple[Tensor | None, Tensor | None]:
+    problem: Problem, call: Call, tiles: list[Tile], ranges: Sequence[tuple[int, int]], n: int, keys: int,
+    padding: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """What is added to the scores: alibi, and minus infinity where a key is not seen or is padding.
 
     Returns:
@@ -350,10 +352,12 @@ def _bias(
         seen = [pair for tile, (a, b) in zip(tiles, ranges, strict=True) for pair in _seen(p, tile, n, a, b)]
         firsts, ends = zip(*seen, strict=True)
         if max(firsts) > 0 or min(ends) < keys:
-            key = torch.arange(keys)
-            hidden = key >= torch.tensor(ends)[:, None]
+            if padding is not None and len(seen) == count:
+                hidden = padding
+            else:
+                hidden = torch.arange(keys) >= torch.tensor(ends)[:, None]
             if max(firsts) > 0:
-                hidden |= key < torch.tensor(firsts)[:, None]
+                hidden = hidden | (torch.arange(keys) < torch.tensor(firsts)[:, None])
             bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).view(count, 1, -1, 1, keys)
             sees_none = [first >= end for first, end in seen]
             if any(sees_none):
@@ -384,10 +388,14 @@ def _distance(
 def _load(
     problem: Problem, config: Config, call: Call, place: Tensor, tiles: list[Tile],
     ranges: Sequence[tuple[int, int]],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The keys and values of each tile's range, float32, ``[tiles, num_kv_heads, keys, width]``.
 
     Padding is zeros: a weight there is 0, but 0 times NaN is NaN.
+
+    Returns:
+        K, V (K itself where V is a part of its row), and which keys are padding, ``[tiles, keys]`` bool; None
+        where none is.
     """
     p, count, size = problem, len(tiles), problem.block_size
     keys = max(b - a for a, b in ranges)
@@ -414,15 +422,20 @@ def _load(
                 for cache, part in parts:
                     rows = cache[where]
                     part[i, at : at + len(rows)] = _wide(rows)
-    if count > 1:
-        for i, (a, b) in enumerate(ranges):
-            if b - a < keys:
-                packed[:, i, b - a :] = 0
-    elif config.staged:
+    padding = None
+    if count == 1 and config.staged:
         skip = ranges[0][0] - size * blocks[0][0]
         packed = packed[:, :, skip : skip + ranges[0][1] - ranges[0][0]]
+    elif any(b - a < keys for a, b in ranges):
+        padding = torch.arange(keys) >= torch.tensor([b - a for a, b in ranges])[:, None]
+        if packed.numel() < count * MASK_ELEMENTS:
+            keep = padding.int().sub_(1)  # all bits, or none
+            packed.view(torch.int32).bitwise_and_(keep[:, :, None, None])
+        else:
+            for i, (a, b) in enumerate(ranges):
+                packed[:, i, b - a :] = 0
     packed = packed.transpose(2, 3)
-    return packed[0], packed[-1]
+    return packed[0], packed[-1], padding
 
 
 def _block_ids(call: Call, tiles: list[Tile], blocks: list[tuple[int, int]], num_blocks: int) -> Tensor:
@@ -437,7 +450,7 @@ def _block_ids(call: Call, tiles: list[Tile], blocks: list[tuple[int, int]], num
         if len(tiles) < len(table) or any(tile.seq != i for i, tile in enumerate(tiles)):
             table = table.index_select(0, torch.tensor([tile.seq for tile in tiles]))
         # Entries past a sequence's end may hold anything: they are made ids, and what those hold is padding.
-        return table.clamp(0, num_blocks - 1).view(-1)
+        return table.clamp(0, num_blocks - 1).reshape(-1)
     ids: list[int] = []
     for tile, (first, end) in zip(tiles, blocks, strict=True):
         own = table[tile.seq, first:end].tolist()
