@@ -25,7 +25,7 @@ from anystride.problem import Call, Problem, canonical
 NAME = "cpu"
 
 KEY_BYTES = 4 << 20  # rows of K and V in float32 that are held at once
-SCORES = 2 << 20  # scores or biases that are held at once, in elements
+SCORES = 1 << 20  # scores or biases that are held at once, in elements
 QUERIES = 1 << 20  # elements of queries, and of results, that are held at once
 TILE_TOKENS = 144  # few enough to skip keys under a causal mask, many enough for the products
 LONE_ROWS = 64  # rows of a KV head from which on a tile is worth a batch of its own

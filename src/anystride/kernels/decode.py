@@ -545,9 +545,8 @@ def fill_nan(
                 head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
                 q_token = (q_start + rows // GROUP_SIZE).to(tl.int64)
                 if lse_ptr is not None:
-                    nan = tl.full([TILE_M], float("nan"), tl.float32)
                     lse_row = lse_ptr + head * stride_lse_head + q_token
-                    tl.store(lse_row, nan, mask=rows < num_tokens * GROUP_SIZE)
+                    tl.store(lse_row, float("nan"), mask=rows < num_tokens * GROUP_SIZE)
                 out_rows = q_token * stride_out_token
                 out_rows += head.to(tl.int64) * stride_out_head
                 for first_dim in range(0, DIMS_V, D):
