@@ -503,7 +503,7 @@ def _pieces(
     size = problem.block_size
     ids = call.block_table[seq, a // size : -(-b // size)].tolist()
     for start, block in zip(range(a // size * size, b, size), ids, strict=True):
-        page = divmod(block, problem.blocks_per_page) if problem.blocks_per_page > 1 else (block,)
+        page = divmod(block, problem.blocks_per_page) if call.k.dim() == 5 else (block,)
         begin = max(a, start)
         yield begin - a, (*page, slice(begin - start, min(b - start, size)))
 
