@@ -1,4 +1,4 @@
-"""The back end ``cpu``: every case of the table, the places where it cuts, what it allocates and what it must not.
+"""The back end ``cpu``: every case of the table, where it cuts, what it allocates, what it must not touch.
 
 ``test_layouts.py`` shows that no layout changes a bit of it, ``test_conformance.py`` and
 ``test_properties.py`` that it is right for strides and features of all kinds.
@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from anystride.backends import cpu
 from anystride.merge import merge
 from anystride.testing import Case, Inputs, find_case, find_layout, make_inputs, select
 from anystride.testing.cases import Parallel
+from anystride.testing.rows import ROW_RECIPES
 
 MOST_EXTRA = 64_000_000  # bytes beyond the results that a call may allocate, whatever its cache
 
@@ -49,12 +51,11 @@ def config_of(inputs: Inputs) -> cpu.Config:
 
 
 @pytest.fixture
-def small_shares(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks, tiles and batches so small that short sequences are cut everywhere."""
     monkeypatch.setattr(cpu, "KEY_BYTES", 1 << 15)
     monkeypatch.setattr(cpu, "SCORES", 1 << 10)
     monkeypatch.setattr(plan, "_PLANS", {})
-    yield
 
 
 @pytest.mark.parametrize("case", select("cpu"), ids=lambda case: case.name)
@@ -162,7 +163,7 @@ def test_neighbours_change_no_bit_of_a_batch_invariant_sequence(case: Case) -> N
     out, lse = attend(inputs, "cpu")
     assert lse is not None
     starts = inputs.kwargs["cu_seqlens_q"].tolist()
-    for seq, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for seq, (begin, end) in enumerate(itertools.pairwise(starts)):
         alone = {
             "cu_seqlens_q": torch.tensor([0, end - begin], dtype=torch.int32),
             "max_seqlen_q": end - begin,
@@ -182,6 +183,16 @@ def test_neighbours_change_no_bit_of_a_batch_invariant_sequence(case: Case) -> N
         assert own_lse is not None
         assert torch.equal(own_out, out[begin:end])
         assert torch.equal(own_lse, lse[:, begin:end])
+
+
+@pytest.mark.parametrize("rows", ROW_RECIPES)
+@pytest.mark.parametrize("case", [KV, SPLIT, replace(KV, dtype="float32")], ids=["kv", "q_v", "float32"])
+@pytest.mark.parametrize("lengths", [(40,), (40, 5)], ids=["one", "two"])
+def test_strides_of_q_and_out_change_no_bit(rows: str, case: Case, lengths: tuple[int, ...]) -> None:
+    case = with_lengths(case, lengths)
+    packed, _ = attend(inputs_of(case), "cpu")
+    assert torch.equal(attend(inputs_of(case, rows=rows), "cpu")[0], packed)
+    assert torch.equal(attend(inputs_of(case, out=rows), "cpu")[0], packed)
 
 
 def test_no_gradient_is_recorded() -> None:
@@ -237,7 +248,9 @@ def test_ranks_merge_to_the_whole(case: Case, parallel: Parallel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "layout", "gathers"), [(KV, "G16", 2), (ROW, "M1", 1), (SPLIT, "M7", 2)], ids=["kv", "row", "q_v"]
+    ("case", "layout", "gathers"),
+    [(KV, "G16", 2), (ROW, "M1", 1), (SPLIT, "M7", 2)],
+    ids=["kv", "row", "q_v"],
 )
 def test_bytes_that_k_and_v_share_are_gathered_once(
     case: Case, layout: str, gathers: int, monkeypatch: pytest.MonkeyPatch
@@ -262,7 +275,8 @@ def test_bytes_that_k_and_v_share_are_gathered_once(
 
 def peak_bytes(function: Callable[[], object]) -> int:
     """Most bytes that the allocator had handed out at once during a call, its results included."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+    cpu_only = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=cpu_only) as trace:
         function()
     assert trace.profiler is not None
     assert trace.profiler.kineto_results is not None
@@ -318,8 +332,9 @@ HALF_A_GIGABYTE = """
     def call(length, n):
         return flash_attn_varlen_func(
             torch.randn(n, 4 * heads, d, dtype=torch.bfloat16), k, v, n,
-            torch.tensor([0, n], dtype=torch.int32), tokens, seqused_k=torch.tensor([length], dtype=torch.int32),
-            block_table=torch.arange(blocks, dtype=torch.int32)[None], causal=True, backend="cpu",
+            torch.tensor([0, n], dtype=torch.int32), tokens, causal=True, backend="cpu",
+            seqused_k=torch.tensor([length], dtype=torch.int32),
+            block_table=torch.arange(blocks, dtype=torch.int32)[None],
         )
 
     call(40, 1), call(40, 3)  # what is loaded at the first call

@@ -2,7 +2,8 @@
 
 Rows are gathered from the strided cache as they are stored and converted to float32. What follows never
 meets a stride of the cache, so a layout cannot change a bit of the result. Float32 also where the cache is
-narrower: without matrix units for them, a CPU multiplies narrow numbers no faster than wide ones.
+narrower: the fused kernel was measured to be as fast in it as in bfloat16, and many times faster than in
+float16 (AVX-512 without AMX, torch 2.13).
 
 Sequences of like lengths are gathered and computed as one padded batch, because on a CPU a small operation
 costs more to start than to compute. A sequence that is longer than a share stands alone, and its chunks are
@@ -285,7 +286,10 @@ def _queries(
     def rows(source: Tensor) -> Tensor:
         taken = source[tokens] if isinstance(tokens, slice) else source.index_select(0, tokens)
         shape = (len(tiles), -1, problem.num_kv_heads, problem.group_size, source.shape[2])
-        return taken.float().reshape(shape)
+        # A copy always: the fused kernel takes it for granted that the elements of a row are neighbours, and
+        # rounds by where the first one lies in a vector.
+        packed = taken.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return packed.view(shape)
 
     q, scale = rows(call.q), problem.softmax_scale
     if problem.has_q_descale or problem.has_k_descale:
