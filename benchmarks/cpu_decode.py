@@ -29,6 +29,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 import anystride
 from anystride.testing import Case, Inputs, compatible, find_case, find_layout, make_inputs, select
+from anystride.testing.allocations import peak_bytes
 
 MEDIAN_RATIO, MIN_RATIO, MOST_EXTRA_MB = 1.5, 1.0, 64.0
 LAYOUTS = ("G2", "M1", "M7", "G11", "M3b")  # the first that can hold the case
@@ -246,22 +247,6 @@ def time_in_turn(
     return [1e3 * seconds for seconds in best]
 
 
-def extra_mb(function: Callable[[], object], results: int) -> float:
-    """Peak of what the allocator hands out during a call, less ``results`` bytes, in MB (10^6)."""
-    with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-    ) as trace:
-        function()
-    assert trace.profiler is not None
-    assert trace.profiler.kineto_results is not None
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return max(0, most - results) / 1e6
-
-
 def measure(case: Case, budget: float, clock: Callable[[], float]) -> Row:
     layout = next(layout for layout in map(find_layout, LAYOUTS) if not compatible(case, layout))
     inputs = make_inputs(case, layout, guard=False)
@@ -272,7 +257,8 @@ def measure(case: Case, budget: float, clock: Callable[[], float]) -> Row:
     rows = (case.total_q + case.padded_q) * case.num_q_heads
     results = rows * case.d_v * case.torch_dtype.itemsize
     baseline_ms, anystride_ms = times
-    return Row(case.name, layout.name, baseline_ms, anystride_ms, extra_mb(both[1], results))
+    extra = max(0, peak_bytes(both[1]) - results)
+    return Row(case.name, layout.name, baseline_ms, anystride_ms, extra / 1e6)
 
 
 def has_work(case: Case) -> bool:

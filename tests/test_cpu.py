@@ -10,7 +10,6 @@ import itertools
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from anystride import plan
 from anystride.backends import cpu
 from anystride.merge import merge
 from anystride.testing import Case, Inputs, find_case, find_layout, make_inputs, select
+from anystride.testing.allocations import peak_bytes
 from anystride.testing.cases import Parallel
 from anystride.testing.rows import ROW_RECIPES
 
@@ -271,21 +271,6 @@ def test_bytes_that_k_and_v_share_are_gathered_once(
     blocks = 2 * 5  # both sequences in one batch, as long as the longer one
     width = case.d_qk if case.form == "row" else case.d_qk + case.d_v
     assert elements == blocks * case.block_size * case.num_kv_heads * width
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes that the allocator had handed out at once during a call, its results included."""
-    cpu_only = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(profile_memory=True, activities=cpu_only) as trace:
-        function()
-    assert trace.profiler is not None
-    assert trace.profiler.kineto_results is not None
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
 
 
 GREEDY = {

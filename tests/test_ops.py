@@ -204,19 +204,25 @@ def test_views_made_inside_of_a_compiled_function_stay_views(monkeypatch: pytest
     assert {problem.relation.kind for problem in found} == {"v_in_k"}
 
 
-def test_other_lengths_and_tables_compile_nothing_new() -> None:
-    inputs = inputs_of("tiny-gqa", "G2")
-    graphs = []
+def recording(graphs: list[Any]) -> Callable[[Any, Any], Any]:
+    """A compiler that runs each graph as it is, and notes it."""
 
-    def counting(graph: Any, _: Any) -> Any:
+    def record(graph: Any, _: Any) -> Any:
         graphs.append(graph)
         return graph
+
+    return record
+
+
+def test_other_lengths_and_tables_compile_nothing_new() -> None:
+    inputs = inputs_of("tiny-gqa", "G2")
+    graphs: list[Any] = []
 
     def call(**others: Any) -> Any:
         return flash_attn_varlen_func(**(inputs.kwargs | {"backend": "cpu"} | others))
 
     torch._dynamo.reset()
-    compiled = torch.compile(call, fullgraph=True, backend=counting, dynamic=False)
+    compiled = torch.compile(call, fullgraph=True, backend=recording(graphs), dynamic=False)
     for seed in range(3):
         other = inputs_of("tiny-gqa", "G2", seed=seed)
         lengths = other.kwargs["seqused_k"] - seed
@@ -227,31 +233,23 @@ def test_other_lengths_and_tables_compile_nothing_new() -> None:
 
 def test_other_bounds_on_the_keys_do_not_compile_again_and_again() -> None:
     inputs = inputs_of("tiny-gqa", "G2")
-    graphs = []
-
-    def counting(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph
+    graphs: list[Any] = []
 
     def call(max_seqlen_k: int, tensors: dict[str, Tensor]) -> Any:
         return flash_attn_varlen_func(**(inputs.kwargs | tensors | {"max_seqlen_k": max_seqlen_k}))
 
     torch._dynamo.reset()
-    compiled = torch.compile(call, fullgraph=True, backend=counting)
+    compiled = torch.compile(call, fullgraph=True, backend=recording(graphs))
     for bound in range(33, 45):
         assert same(compiled(bound, tensors_of(inputs)), attend(inputs, None, max_seqlen_k=bound))
     assert len(graphs) <= 2  # the number itself, then any number
 
 
 def test_batches_of_other_sizes_run_in_one_dynamic_graph() -> None:
-    graphs = []
-
-    def counting(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph
+    graphs: list[Any] = []
 
     torch._dynamo.reset()
-    compiled = torch.compile(flash_attn_varlen_func, fullgraph=True, backend=counting, dynamic=True)
+    compiled = torch.compile(flash_attn_varlen_func, fullgraph=True, backend=recording(graphs), dynamic=True)
     for batch in (2, 3, 5, 8):
         case = Case(f"batch-{batch}", "sizes", tuple(range(3, 3 + batch)), (1,) * batch, 4, 2, 16, 16)
         inputs = make_inputs(case, find_layout("G2"))

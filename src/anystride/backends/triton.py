@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -202,8 +202,8 @@ def is_narrow(strides: tuple[int, ...]) -> bool:
     return bool(STEP * strides[2] < 1 << 31)
 
 
-def schedule_rows(problem: Problem, target: Target) -> tuple[Tiles, int]:
-    """Tiles and row tiles a unit: what the schedule's idea of a unit depends on."""
+def schedule_rows(problem: Problem, target: Target) -> tuple[Tiles, int, int]:
+    """Tiles, row tiles a unit, and units a sequence at most: what the schedule knows of rows."""
     group = problem.group_size
     # A row's tile must not depend on how long its neighbours' queries are.
     rows = group if problem.batch_invariant else group * problem.max_seqlen_q
@@ -211,13 +211,12 @@ def schedule_rows(problem: Problem, target: Target) -> tuple[Tiles, int]:
     row_tiles = -(-rows // tiles.m)
     if problem.batch_invariant or row_tiles > 4:
         row_tiles = 1
-    return tiles, row_tiles
+    return tiles, row_tiles, -(-group * problem.max_seqlen_q // (row_tiles * tiles.m))
 
 
 def full_parts(problem: Problem, target: Target) -> int:
     """Parts that run at once; more where queries are long and the costs of their units uneven."""
-    tiles, row_tiles = schedule_rows(problem, target)
-    units = -(-problem.group_size * problem.max_seqlen_q // (row_tiles * tiles.m))
+    tiles, row_tiles, units = schedule_rows(problem, target)
     slots = target.processors * tiles.programs_per_processor
     if units > 1:
         slots *= 4  # causal units cost less than they are charged with
@@ -226,8 +225,7 @@ def full_parts(problem: Problem, target: Target) -> int:
 
 def num_parts(problem: Problem, target: Target) -> int:
     """Parts of the schedule: no more than there are steps of work."""
-    tiles, row_tiles = schedule_rows(problem, target)
-    units = -(-problem.group_size * problem.max_seqlen_q // (row_tiles * tiles.m))
+    _tiles, _row_tiles, units = schedule_rows(problem, target)
     steps: int = -(-problem.max_keys // STEP)
     return min(full_parts(problem, target), max(1, problem.batch * units * steps))
 
@@ -251,9 +249,8 @@ def choose_config(problem: Problem) -> Config:
 
 def config_for(problem: Problem, target: Target) -> Config:
     """The configuration for any target: a pure function, also for targets that are not here."""
-    tiles, row_tiles = schedule_rows(problem, target)
+    tiles, row_tiles, units = schedule_rows(problem, target)
     rows_per_unit = row_tiles * tiles.m
-    units = -(-problem.group_size * problem.max_seqlen_q // rows_per_unit)
     scheduled = problem.num_splits == 0 and not problem.batch_invariant
     steps = max(1, -(-problem.max_keys // STEP))
     if scheduled:
@@ -388,6 +385,16 @@ def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()
 
 
+def _pointer(call: Call, name: str) -> Pointer | None:
+    return None if getattr(call, name) is None else Pointer(name)
+
+
+def _lengths(call: Call) -> tuple[Any, ...]:
+    """The tensors that say how long sequences are, and their strides, as all kernels take them."""
+    names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+    return tuple(x for name in names for x in (_pointer(call, name), *_strides(getattr(call, name), 1)))
+
+
 def _descale(name: str, descale: Tensor | float | None) -> tuple[Any, int, int]:
     """Pointer and strides (seq, head): 0 for a scalar."""
     if not isinstance(descale, Tensor):
@@ -404,26 +411,16 @@ def _factor(descale: Tensor | float | None) -> float:
 def schedule_launch(problem: Problem, config: Config, call: Call, parts: int) -> Launch:
     """The schedule kernel, which fills ``schedule``, int32 ``[8 * (parts + 1)]``, from the lengths."""
     arguments = (
-        Pointer("cu_seqlens_q"), *_strides(call.cu_seqlens_q, 1),
-        call.cu_seqlens_k if call.cu_seqlens_k is None else Pointer("cu_seqlens_k"),
-        *_strides(call.cu_seqlens_k, 1),
-        call.seqused_k if call.seqused_k is None else Pointer("seqused_k"), *_strides(call.seqused_k, 1),
-        Pointer("schedule"), problem.batch, parts, problem.group_size, config.rows_per_unit,
+        *_lengths(call), Pointer("schedule"), problem.batch, parts, problem.group_size, config.rows_per_unit,
         problem.window_left, problem.window_right, OVERHEAD_STEPS,
     )  # fmt: skip
-    constants = {
-        "WINDOWED": config.combine_constants["WINDOWED"],
-        "TILE_SEQ": 128 if problem.batch <= 128 else 1024,
-    }
+    constants = {name: config.combine_constants[name] for name in ("WINDOWED", "TILE_SEQ")}
     return Launch(schedule_kernel, (parts, 1, 1), arguments, constants, {"num_warps": 4})
 
 
 def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
     """What one call launches, in order. Looks at the strides of the call's tensors, never at an address."""
-
-    def pointer(name: str) -> Pointer | None:
-        return None if getattr(call, name) is None else Pointer(name)
-
+    pointer = partial(_pointer, call)
     # fmt: off
     steps: list[Launch] = []
     parts = config.parts
@@ -436,11 +433,7 @@ def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
         alibi = (0, *alibi)
     tot = call.cp_tot_seqused_k if problem.cp_world_size > 1 else None
     v_in_k = problem.relation.kind == "v_in_k"
-    lengths = (
-        pointer("cu_seqlens_q"), *_strides(call.cu_seqlens_q, 1),
-        pointer("cu_seqlens_k"), *_strides(call.cu_seqlens_k, 1),
-        pointer("seqused_k"), *_strides(call.seqused_k, 1),
-    )
+    lengths = _lengths(call)
     results = (
         pointer("out"), *problem.out_strides, pointer("lse"), 0 if call.lse is None else call.lse.stride(0)
     )
