@@ -21,9 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from anystride import flash_attn_varlen_func, plan
-from anystride.backends import triton as backend
-from anystride.backends.triton import Target
+from anystride import flash_attn_varlen_func, launch, plan
+from anystride.backends import hopper
+from anystride.backends import triton as portable
+from anystride.launch import Target
+from anystride.problem import Problem
 
 __all__ = ["TARGETS", "Binary", "compile_call", "standing_in"]
 
@@ -44,6 +46,12 @@ class Binary(NamedTuple):
     shared_bytes: int
     spilled_bytes: int  # a thread; on NVIDIA its stack, which is empty when nothing is spilled
     assembly: str  # PTX or AMD's
+    cubin: bytes  # empty on AMD
+
+    @property
+    def sass(self) -> str:
+        """The machine code as text."""
+        return _cuobjdump(self.cubin, "--dump-sass")
 
 
 class _Driver:
@@ -64,7 +72,7 @@ class _Driver:
 
 @contextmanager
 def standing_in(target: str) -> Iterator[list[tuple[str, Any]]]:
-    """Let the ``triton`` back end believe that the CPU is the target, and compile instead of launching.
+    """Let the GPU back ends believe that the CPU is the target, and compile instead of launching.
 
     Yields:
         The name and the compiled kernel of every launch, in order, as they come.
@@ -76,11 +84,19 @@ def standing_in(target: str) -> Iterator[list[tuple[str, Any]]]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launched.append((self.__name__, run(self, *args, grid=grid, warmup=True, **options)))
 
+    def refuse(problem: Problem) -> list[str]:
+        if facts.arch != 90:
+            return ["not the target's"]
+        return hopper.shape_refusals(problem) + hopper.stride_refusals(problem)
+
     plan._PLANS.clear()  # plans do not know about the stand-in
     try:
         with (
-            mock.patch.object(backend, "device_target", return_value=facts),
-            mock.patch.object(backend, "refusals", return_value=[]),
+            mock.patch.object(launch, "device_target", return_value=facts),
+            mock.patch.object(portable, "device_target", return_value=facts),
+            mock.patch.object(hopper, "device_target", return_value=facts),
+            mock.patch.object(portable, "refusals", return_value=[]),
+            mock.patch.object(hopper, "refusals", refuse),
             mock.patch.object(driver, "_active", _Driver(gpu)),
             mock.patch.object(JITFunction, "run", compile_only),
         ):
@@ -89,39 +105,41 @@ def standing_in(target: str) -> Iterator[list[tuple[str, Any]]]:
         plan._PLANS.clear()
 
 
-def compile_call(kwargs: dict[str, Any], target: str) -> list[Binary]:
+def compile_call(kwargs: dict[str, Any], target: str, backend: str = "triton") -> list[Binary]:
     """Compile every kernel that a call would launch on a target.
 
     Args:
         kwargs: Arguments of ``flash_attn_varlen_func``, on the CPU.
         target: A key of ``TARGETS``.
+        backend: Who runs it.
 
     Returns:
         The kernels in the order of their launches.
     """
     with standing_in(target) as launched:
-        flash_attn_varlen_func(**kwargs, backend="triton")
+        flash_attn_varlen_func(**kwargs, backend=backend)
     return [_inspect(*kernel) for kernel in launched]
 
 
 def _inspect(name: str, made: Any) -> Binary:
     assembly = made.asm.get("ptx") or made.asm["amdgcn"]
-    if "cubin" in made.asm:
-        spilled = _stack_bytes(made.asm["cubin"])
+    cubin = made.asm.get("cubin", b"")
+    if cubin:
+        # Bytes of stack of a thread, as the binary itself says.
+        text = _cuobjdump(cubin, "--dump-resource-usage")
+        found = re.findall(r"STACK:(\d+)", text)
+        assert found, f"cuobjdump says nothing of the stack:\n{text}"
+        spilled = max(int(n) for n in found)
     else:
         # A spilled register is 4 bytes of each lane.
         spilled = 4 * sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
-    return Binary(name, made.metadata.shared, spilled, assembly)
+    return Binary(name, made.metadata.shared, spilled, assembly, cubin)
 
 
-def _stack_bytes(cubin: bytes) -> int:
-    """Bytes of stack of a thread, as the binary itself says."""
+def _cuobjdump(cubin: bytes, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"STACK:(\d+)", text)
-    assert found, f"cuobjdump says nothing of the stack:\n{text}"
-    return max(int(n) for n in found)
+        command = [str(tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -179,14 +179,17 @@ def test_lengths_strides_and_batches_compile_nothing_new(family: str) -> None:
 
 
 @pytest.mark.parametrize("max_batch", [64, 1024])
-@pytest.mark.parametrize("name", ["mla-h16", "mla-q_v-h16", "gqa-d128"])
-def test_warmup_leaves_nothing_to_compile(name: str, max_batch: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("mla-h16", None), ("mla-q_v-h16", None), ("gqa-d128", None), ("mla-h16", "triton")],
+)
+def test_warmup_leaves_nothing_to_compile(name: str, backend: str | None, max_batch: int) -> None:
     case = find_case(HOT[name].case)
     with standing_in("sm_90"):
         kwargs = HOT[name].kwargs()
         warmup(
             kwargs["k"], kwargs["v"], case.num_q_heads, max_batch=max_batch, max_seqlen_k=LONGEST,
-            q_v="q_v" in kwargs, causal=case.causal, softmax_scale=case.scale,
+            q_v="q_v" in kwargs, causal=case.causal, softmax_scale=case.scale, backend=backend,
         )  # fmt: skip
         for batch in (1, 3, 50, max_batch):
             for longest in (1, 64, 100, 1000, 10_000, LONGEST):
@@ -197,5 +200,5 @@ def test_warmup_leaves_nothing_to_compile(name: str, max_batch: int) -> None:
                         later["seqused_k"], case.torch_dtype, case.d_v, causal=case.causal,
                     )  # fmt: skip
                     for given in ({}, {"scheduler_metadata": metadata}, {"return_softmax_lse": False}):
-                        flash_attn_varlen_func(**(later | given), backend="triton")
+                        flash_attn_varlen_func(**(later | given), backend=backend)
                 assert not compiled, f"batch {batch}, max_seqlen_k {longest}: compiles {compiled}"

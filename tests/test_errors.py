@@ -407,7 +407,7 @@ return_attn_probs is not possible: probabilities are never formed in memory.
         """\
 backend names no back end.
   got    backend = 'cuda'
-  needs  one of ('triton', 'cpu', 'reference') or None""",
+  needs  one of ('hopper', 'triton', 'cpu', 'reference') or None""",
     ),
 }  # fmt: skip
 
@@ -616,7 +616,7 @@ def test_when_nobody_can_every_back_end_says_why() -> None:
     with pytest.raises(UnsupportedError) as caught_one:
         flash_attn_varlen_func(**arguments)
     error, lines = caught_one.value, str(caught_one.value).splitlines()
-    assert list(error.refusals) == ["triton", "cpu"]
+    assert list(error.refusals) == ["hopper", "triton", "cpu"]
     assert all(error.refusals.values())
     assert lines[0] == "flash_attn_varlen_func: no backend can run this call."
     assert lines[1].endswith(", meta")

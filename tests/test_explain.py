@@ -87,7 +87,7 @@ def test_a_call_that_nobody_can_run_is_explained_and_not_raised(monkeypatch: pyt
     }
     answer = explain(**nowhere)
     assert answer.backend is None
-    assert list(answer.refusals) == ["triton", "cpu"]
+    assert list(answer.refusals) == ["hopper", "triton", "cpu"]
     assert all(answer.refusals.values())
 
 

@@ -23,6 +23,8 @@ ROOMS = (
     ("anystride.errors", "anystride.merge", "anystride.kernels"),
     ("anystride.problem", "anystride.logs"),
     ("anystride.reference",),
+    ("anystride.launch",),
+    ("anystride.work",),
     ("anystride.backends",),
     ("anystride.plan",),
     ("anystride.ops", "anystride.explanation"),
@@ -34,7 +36,7 @@ ROOMS = (
 
 # Packages besides torch and the standard library, and where they may be imported.
 OTHERS = {
-    "triton": ("anystride.kernels.", "anystride.backends.triton"),
+    "triton": ("anystride.kernels.", "anystride.launch", "anystride.backends.triton"),
     "rich": ("anystride.cli",),
     "typer": ("anystride.cli",),
     "matplotlib": ("anystride.cli",),
@@ -149,6 +151,7 @@ except anystride.UnsupportedError as error:
     printed = fresh_process(code)
     assert printed.startswith("cpu ")
     assert printed.count("triton is not installed; needs the package triton") == 2
+    assert printed.count("hopper is not installed; needs the package triton") == 1
 
 
 def test_the_import_loads_no_other_package_than_torch_loads() -> None:

@@ -195,7 +195,13 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Stub]:
 
 @pytest.mark.parametrize(
     ("refusing", "runs"),
-    [((), "triton"), (("triton",), "cpu"), (("cpu",), "triton"), (("triton", "cpu"), None)],
+    [
+        ((), "hopper"),
+        (("hopper",), "triton"),
+        (("hopper", "triton"), "cpu"),
+        (("triton", "cpu"), "hopper"),
+        (plan.AUTOMATIC, None),
+    ],
 )
 def test_the_first_back_end_that_can_runs_the_call(
     stubs: dict[str, Stub], refusing: tuple[str, ...], runs: str | None
@@ -205,7 +211,7 @@ def test_the_first_back_end_that_can_runs_the_call(
     if runs is None:
         with pytest.raises(UnsupportedError) as caught:
             attend(inputs_of(), None)
-        assert caught.value.refusals == {"triton": ["triton is tired"], "cpu": ["cpu is tired"]}
+        assert caught.value.refusals == {name: [f"{name} is tired"] for name in plan.AUTOMATIC}
         return
     attend(inputs_of(), None)
     assert {name: stub.ran for name, stub in stubs.items() if stub.ran} == {runs: 1}
@@ -233,7 +239,7 @@ def test_the_same_call_asked_of_another_back_end_is_another_plan() -> None:
     inputs = inputs_of()
     plans = [plan_of(inputs, name) for name in (None, "cpu", "reference")]
     assert [p.backend.NAME for p in plans] == ["cpu", "cpu", "reference"]
-    assert list(plans[0].refused) == ["triton"]
+    assert list(plans[0].refused) == ["hopper", "triton"]
     assert plans[1].refused == {}
 
 
@@ -269,7 +275,7 @@ def test_one_log_line_says_once_who_runs_a_problem(caplog: pytest.LogCaptureFixt
     (record,) = (r for r in caplog.records if r.name == "anystride")
     message = record.getMessage()
     assert message.startswith("cpu runs q bf16 [4, 4, 16] strides (64, 16, 1), k bf16 [")
-    assert "refused: {'triton': [" in message
+    assert "refused: {'hopper': [" in message
 
 
 def test_a_back_end_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,5 +399,8 @@ inputs = make_inputs(find_case('tiny-gqa'), find_layout('G2'))
 out, lse = flash_attn_varlen_func(**inputs.kwargs)
 print(tuple(out.shape), explain(**inputs.kwargs).refusals)
 """
-    reason = "triton is not installed; needs the package triton (pip install triton)"
-    assert run_python(code) == f"(4, 4, 16) {{'triton': ['{reason}']}}"
+    refusals = {
+        name: [f"{name} is not installed; needs the package triton (pip install triton)"]
+        for name in plan.SCHEDULED
+    }
+    assert run_python(code) == f"(4, 4, 16) {refusals}"

@@ -23,6 +23,7 @@ from anystride.testing import find_case, find_layout, make_inputs
 if INTERPRETED:
     from triton.runtime.interpreter import InterpretedFunction
 
+    from anystride import launch, work
     from anystride.backends import triton as backend
 
 KEYS_PER_STEP = 64
@@ -92,7 +93,7 @@ class Schedule:
 
     def cells(self) -> list[tuple[int, int, int | None]]:
         """The axis of cost, cell by cell: (seq, unit, step), with None for a cell of overhead."""
-        overhead = [None] * backend.OVERHEAD_STEPS
+        overhead = [None] * work.OVERHEAD_STEPS
         return [(u.seq, u.unit, step) for u in self.units for step in (*range(u.steps), *overhead)]
 
     def walk(self, part: list[int]) -> list[tuple[int, int, int]]:
@@ -111,7 +112,7 @@ def check(step: Step) -> Schedule:
     schedule = Schedule(step)
     cells = schedule.cells()
     total, num_parts = len(cells), len(schedule.parts)
-    used = max(1, min(total // (backend.OVERHEAD_STEPS + 1), num_parts))
+    used = max(1, min(total // (work.OVERHEAD_STEPS + 1), num_parts))
     assert schedule.header == [0x5CED, schedule.rows_per_unit, len(step.lengths), used, 0, 0, 0, 0]
 
     shares = [cells[p * total // used : (p + 1) * total // used] for p in range(used)]
@@ -143,8 +144,9 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Pretend that the device has so many processors."""
 
     def pretend(count: int) -> None:
-        target = backend.Target("cuda", 90, count, 232448)
-        monkeypatch.setattr(backend, "device_target", lambda device: target)
+        target = launch.Target("cuda", 90, count, 232448)
+        for module in (launch, backend):
+            monkeypatch.setattr(module, "device_target", lambda device: target)
 
     return pretend
 

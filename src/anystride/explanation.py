@@ -56,10 +56,11 @@ class Explanation:
         tiles = getattr(self.config, "tiles", None)
         if tiles is not None:
             lines.append(f"tiles     {tiles}")
+            split = self.config.split
             splits = (
-                f"{self.config.parts} parts of equal cost, cut on the device"
-                if self.config.scheduled
-                else f"{self.config.splits_per_unit} splits a unit"
+                f"{split.parts} parts of equal cost, cut on the device"
+                if split.scheduled
+                else f"{split.splits_per_unit} splits a unit"
             )
             lines.append(f"splits    {splits}")
         elif self.config is not None:

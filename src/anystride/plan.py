@@ -55,8 +55,9 @@ class Backend(Protocol):
         ...
 
 
-NAMES = ("triton", "cpu", "reference")
-AUTOMATIC = ("triton", "cpu")  # the reference is asked for by name or not at all
+NAMES = ("hopper", "triton", "cpu", "reference")
+AUTOMATIC = ("hopper", "triton", "cpu")  # the reference is asked for by name or not at all
+SCHEDULED = ("hopper", "triton")  # those whose work is cut on the device
 
 
 @cache
@@ -245,13 +246,17 @@ def execute(plan: Plan, tensors: tuple[Any, ...]) -> Call:
 def make_metadata(problem: Problem, cu_seqlens_q: Tensor | None, seqused_k: Tensor, margin: int) -> Tensor:
     """The schedule for calls of these shapes and lengths; a header of zeros where nothing schedules."""
     device = problem.device
-    if refusals_of("triton", problem):
+    name = next((name for name in SCHEDULED if not refusals_of(name, problem)), None)
+    if name is None:
         return torch.zeros(16, dtype=torch.int32, device=device)
-    triton = backend_named("triton")
+    work = import_module("anystride.work")
+    target = import_module("anystride.launch").device_target(device)
+    target = target._replace(processors=max(1, target.processors - margin))
     if cu_seqlens_q is None:
         steps = torch.arange(problem.batch + 1, dtype=torch.int32, device=device)
         cu_seqlens_q = steps * problem.max_seqlen_q
-    words = triton.metadata_words(problem, margin)
+    programs = backend_named(name).programs(problem, target)
+    words = work.metadata_words(problem, work.cut_rows(problem, target), programs)
     metadata = allocate((words,), torch.int32, device)
-    triton.make_metadata(problem, cu_seqlens_q, seqused_k, metadata)
+    work.make_metadata(problem, target, cu_seqlens_q, seqused_k, metadata)
     return metadata

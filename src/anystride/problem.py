@@ -660,7 +660,7 @@ def shape_problem(
     window: tuple[int, int],
 ) -> Problem:
     """The facts of a call of which only the shapes are known: enough to share out its work."""
-    zeros, none = (0, 0, 0), (0, 0, 0, 0, 0)
+    packed, page = (0, 0, 1), (0, 0, 0, 0, 1)
     one_row = num_kv_heads == 1 and d_v < d_qk
     return Problem(
         device=device, dtype=dtype, k_dtype=dtype, v_dtype=dtype, batch=batch,
@@ -668,7 +668,7 @@ def shape_problem(
         max_keys=bucket(max_seqlen_k), num_q_heads=num_q_heads, num_kv_heads=num_kv_heads,
         d_qk=d_qk, d_v=d_v, has_q_v=d_v > d_qk, paged=True, num_pages=0, blocks_per_page=1, block_size=1,
         relation=Relation("v_in_k" if one_row else "separate", 0),
-        q_strides=zeros, q_v_strides=zeros, k_strides=none, v_strides=none, out_strides=zeros,
+        q_strides=packed, q_v_strides=packed, k_strides=page, v_strides=page, out_strides=packed,
         table_strides=(0, 0), q_align=16, q_v_align=16, k_align=16, v_align=16, out_align=16,
         softmax_scale=1.0, causal=causal, window_left=window[0],
         window_right=0 if causal else window[1], softcap=0.0, has_alibi=False, has_sinks=False,

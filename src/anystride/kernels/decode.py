@@ -21,13 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from anystride.kernels.ranges import (
-    KEYS_PER_STEP,
-    nominal_steps,
-    num_units,
-    sequence_facts,
-    unit_keys,
-)
+from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
 from anystride.kernels.schedule import is_foreign
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -219,16 +213,17 @@ def decode_kernel(
     if OVERLAP:
         gdc_launch_dependents()
     ROWS_FIRST: tl.constexpr = TILE_M <= 32
-    WINDOWED: tl.constexpr = HAS_LEFT and HAS_RIGHT and CP_WORLD_SIZE == 1
-
+    SHARDED: tl.constexpr = CP_WORLD_SIZE > 1
+    walk = (
+        metadata_ptr, batch, units_per_seq, splits_per_unit, steps_per_split, rows_per_unit,
+        window_left, window_right,
+    )  # fmt: skip
+    lengths = (
+        cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr, stride_seqused,
+        cp_tot_ptr, stride_cp_tot,
+    )  # fmt: skip
+    seq, unit, step, end_seq, end_unit, end_step = part_range(part, walk, SCHEDULED)
     if SCHEDULED:
-        row = metadata_ptr + (part + 1) * 8
-        seq = tl.load(row + 0)
-        unit = tl.load(row + 1)
-        step = tl.load(row + 2)
-        end_seq = tl.load(row + 3)
-        end_unit = tl.load(row + 4)
-        end_step = tl.load(row + 5)
         # A schedule made for other arguments would give wrong results without a word: give NaN instead.
         if is_foreign(metadata_ptr, rows_per_unit, batch):
             fill_nan(
@@ -237,14 +232,6 @@ def decode_kernel(
                 GROUP_SIZE, DIMS_V, TILE_M, 16,
             )  # fmt: skip
             return
-    else:
-        unit_index = part // splits_per_unit
-        seq = unit_index // units_per_seq
-        unit = unit_index % units_per_seq
-        step = part % splits_per_unit  # in splits, until the length is known
-        end_seq = seq
-        end_unit = unit
-        end_step = step + 1
     first_seq = seq
     first_unit = unit
 
@@ -257,35 +244,16 @@ def decode_kernel(
     if V_AT < KEY_DIMS:
         in_k0 = tl.where(dims_k0 >= V_AT, dims_k0 + DIMS_V, dims_k0) if V_AT > 0 else dims_k0 + DIMS_V
 
-    while (seq < end_seq) | (
-        (seq == end_seq) & ((unit < end_unit) | ((unit == end_unit) & (step < end_step)))
-    ):
-        q_start, num_tokens, length, total = sequence_facts(
-            seq, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr,
-            stride_seqused, cp_tot_ptr, stride_cp_tot,
+    while is_before(seq, unit, step, end_seq, end_unit, end_step):
+        q_start, num_tokens, length, total, units, first_row, step, stop_step, whole, exists = unit_share(
+            seq, unit, step, end_seq, end_unit, end_step, walk, lengths, tile_in_unit, GROUP_SIZE, TILE_M,
+            SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
         )  # fmt: skip
-        steps = nominal_steps(
-            num_tokens, length, GROUP_SIZE, rows_per_unit, window_left, window_right, WINDOWED
-        )
-        units = num_units(num_tokens, GROUP_SIZE, rows_per_unit)
-        if SCHEDULED:
-            stop_step = tl.where((seq == end_seq) & (unit == end_unit), end_step, steps)
-        else:
-            size = steps_per_split
-            if not FIXED_SPLITS:
-                size = (steps + splits_per_unit - 1) // splits_per_unit
-            step = step * size
-            stop_step = tl.minimum(step + size, steps)
-        whole = (step == 0) & (stop_step == steps)
-        first_row = unit * rows_per_unit + tile_in_unit * TILE_M
-        if (first_row < num_tokens * GROUP_SIZE) & (step < stop_step) & (unit < units):
-            first_step, first_key, key_end = unit_keys(
-                unit, num_tokens, length, total, GROUP_SIZE, rows_per_unit, window_left, window_right,
-                HAS_LEFT, HAS_RIGHT, CP_WORLD_SIZE > 1,
+        if exists:
+            first_key, key_begin, key_end = share_keys(
+                unit, step, stop_step, num_tokens, length, total, walk, GROUP_SIZE, HAS_LEFT, HAS_RIGHT,
+                SHARDED,
             )  # fmt: skip
-            key_begin = (first_step + step) * KEYS_PER_STEP
-            key_end = tl.minimum(key_end, (first_step + stop_step) * KEYS_PER_STEP)
-
             rows = first_row + offs_m  # [TILE_M]
             row_mask = rows < num_tokens * GROUP_SIZE
             token = rows // GROUP_SIZE
@@ -499,12 +467,10 @@ def decode_kernel(
                         tl.trans(acc1 * inverse[None, :]), D_V1, DIMS_V - D_V0, OUT_UNIT,
                     )  # fmt: skip
             else:
-                slot = part
-                if SCHEDULED:
-                    later = (seq != first_seq) | (unit != first_unit)
-                    slot = 2 * part + later.to(tl.int32)
-                first_line = (slot * tl.num_programs(1) + kv_head).to(tl.int64) * rows_per_unit
-                first_line += tile_in_unit * TILE_M
+                first_line = partial_line(
+                    seq, unit, first_seq, first_unit, part, kv_head, tl.num_programs(1), rows_per_unit,
+                    tile_in_unit, TILE_M, SCHEDULED,
+                )  # fmt: skip
                 some = row_sum > 0
                 row_sum = tl.where(some, row_sum, 1.0)
                 inverse = tl.where(some, v_factor / row_sum, 0.0)
@@ -519,14 +485,7 @@ def decode_kernel(
                     dims_v1 = D_V0 + tl.arange(0, D_V1)
                     mask = (dims_v1 < DIMS_V)[:, None]
                     tl.store(tile_ptr + dims_v1[:, None] * TILE_M, acc1 * inverse[None, :], mask=mask)
-        if SCHEDULED:
-            step = tl.zeros_like(step)
-            unit += 1
-            if unit >= units:
-                unit = tl.zeros_like(unit)
-                seq += 1
-        else:
-            seq += 1
+        seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
 
 
 @triton.jit

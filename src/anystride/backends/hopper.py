@@ -1,0 +1,228 @@
+"""The back end for sm_90: kernels in Gluon for what must be fast.
+
+MLA decode: the rows of a unit share one pass over the keys, whose latent part is loaded once and used as K
+and as V, in one row or in two buffers. What these kernels cannot read or do not know is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anystride.kernels.mla_narrow_sm90 import mla_narrow_kernel
+from anystride.launch import (
+    Launch,
+    Pointer,
+    Ready,
+    Target,
+    device_target,
+    first_run,
+    pointer,
+    run_again,
+    sources,
+)
+from anystride.problem import Call, Problem
+from anystride.work import (
+    Split,
+    around,
+    context_lengths,
+    lengths,
+    results,
+    rows_in_tiles,
+    schedule,
+    shares,
+    sinks,
+    split_work,
+    vector,
+)
+
+NAME = "hopper"
+
+LATENTS = (64, 256, 512)  # d_v
+ROPES = (32, 64)  # dimensions that only K has
+MOST_ROWS = 32  # query tokens times heads of a group
+
+
+class Tiles(NamedTuple):
+    """The launch shape of the decode kernel."""
+
+    m: int  # rows
+    n: int  # keys
+    consumer_registers: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernels are launched for a problem.
+
+    Attributes:
+        tiles: Launch shape of the decode kernel.
+        split: How the work is cut.
+        constants: Compile-time arguments of the decode kernel.
+        ready: The launches of the plan, once its first call has compiled them.
+    """
+
+    tiles: Tiles
+    split: Split
+    constants: dict[str, Any]
+    ready: list[Ready] = field(default_factory=list, compare=False)
+
+    @property
+    def scratch(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shapes and dtypes of the buffers that a run needs."""
+        return self.split.scratch
+
+
+def rope_dims(problem: Problem) -> int:
+    """Dimensions of K that are not V's."""
+    return problem.d_qk - (problem.d_v if problem.relation.kind == "v_in_k" else 0)
+
+
+def row_vector(problem: Problem) -> int:
+    """Elements that every row of the cache is aligned to; the parts of a row lie at multiples of 32."""
+    return min(
+        vector(problem.k_strides[:4], problem.k_align, problem.k_dtype.itemsize),
+        vector(problem.v_strides[:4], problem.v_align, problem.v_dtype.itemsize),
+    )
+
+
+def query_vector(problem: Problem) -> int:
+    """Elements that every row of q, and of q_v, is aligned to."""
+    both = vector(problem.q_strides[:2], problem.q_align, problem.dtype.itemsize)
+    if problem.has_q_v:
+        both = min(both, vector(problem.q_v_strides[:2], problem.q_v_align, problem.dtype.itemsize))
+    return both
+
+
+def refusals(problem: Problem) -> list[str]:
+    """Every reason why the Hopper kernels cannot run the problem here."""
+    if problem.device.type != "cuda" or torch.version.hip:
+        return [f"tensors are on {problem.device}; needs an NVIDIA GPU"]
+    arch = device_target(problem.device).arch
+    reasons = []
+    if arch != 90:
+        reasons.append(f"compute capability {arch // 10}.{arch % 10}; needs 9.0")
+    return reasons + shape_refusals(problem) + stride_refusals(problem)
+
+
+def shape_refusals(problem: Problem) -> list[str]:
+    """What of a problem's shapes, dtypes and features these kernels do not know."""
+    p = problem
+    reasons = []
+    if p.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"q is {p.dtype}; needs float16 or bfloat16")
+    if p.k_dtype != p.dtype or p.v_dtype != p.dtype:
+        reasons.append(f"the cache is {p.k_dtype} and {p.v_dtype}; needs q's {p.dtype}")
+    if p.relation.kind != "v_in_k" and not p.has_q_v:
+        reasons.append(f"K and V are {p.relation.kind}; needs V in K's row, or q_v")
+    elif p.relation.kind == "v_in_k" and p.relation.offset not in (0, p.d_qk - p.d_v):
+        reasons.append(f"V begins at element {p.relation.offset} of K's row; needs its begin or its end")
+    elif p.d_v not in LATENTS or rope_dims(p) not in ROPES:
+        reasons.append(
+            f"V of {p.d_v} and {rope_dims(p)} more dimensions of K; needs {LATENTS} and {ROPES} of them"
+        )
+    rows = rows_in_tiles(p)
+    if rows > MOST_ROWS:
+        reasons.append(f"{rows} rows (query tokens x heads of a group); needs at most {MOST_ROWS}")
+    if p.has_alibi:
+        reasons.append("alibi_slopes were given; needs None")
+    if p.has_q_descale or p.has_k_descale or p.has_v_descale:
+        reasons.append("descales were given; needs None")
+    return reasons
+
+
+def stride_refusals(problem: Problem) -> list[str]:
+    """What of a problem's strides and addresses these kernels cannot read."""
+    p = problem
+    reasons = []
+    for name, stride in (("q", p.q_strides[2]), ("k", p.k_strides[4]), ("v", p.v_strides[4])):
+        if stride != 1:
+            reasons.append(f"the last stride of {name} is {stride}; needs 1")
+    if p.has_q_v and p.q_v_strides[2] != 1:
+        reasons.append(f"the last stride of q_v is {p.q_v_strides[2]}; needs 1")
+    aligned = row_vector(p) * p.k_dtype.itemsize
+    if aligned < 4:
+        reasons.append(
+            f"rows of the cache begin at multiples of {aligned} bytes: strides {p.k_strides[:4]} and "
+            f"{p.v_strides[:4]}, bases aligned to {p.k_align} and {p.v_align} bytes; needs multiples of 4"
+        )
+    return reasons
+
+
+def choose_config(problem: Problem) -> Config:
+    """The configuration for the problem's own device."""
+    return config_for(problem, device_target(problem.device))
+
+
+def choose_tiles(problem: Problem) -> Tiles:
+    """Tile sizes of the decode kernel; eight rows where there are no more."""
+    if problem.group_size * problem.max_seqlen_q <= 8:
+        return Tiles(8, 64, 184)
+    return Tiles(16, 64, 184) if rows_in_tiles(problem) <= 16 else Tiles(32, 64, 224)
+
+
+def programs(problem: Problem, target: Target) -> int:
+    """Programs of the decode kernel that run at once: one a processor, whose shared memory it fills."""
+    return target.processors
+
+
+def config_for(problem: Problem, target: Target) -> Config:
+    """The configuration for any target of this architecture: a pure function."""
+    p = problem
+    tiles = choose_tiles(p)
+    split = split_work(p, target, programs(p, target), tiles.m)
+    v_at = p.relation.offset if p.relation.kind == "v_in_k" else -1
+    constants = {
+        "GROUP_SIZE": p.group_size,
+        "BLOCK_SIZE": p.block_size if p.paged else 0,
+        "BLOCKS_PER_PAGE": p.blocks_per_page,
+        "D_V": p.d_v,
+        "D_K": rope_dims(p),
+        "K_AT": p.d_v if v_at == 0 else 0,
+        "V_AT": v_at,
+        "VECTOR": row_vector(p),
+        "Q_VECTOR": query_vector(p),
+        "HAS_LEFT": p.window_left >= 0,
+        "HAS_RIGHT": p.window_right >= 0,
+        "HAS_SOFTCAP": p.softcap > 0,
+        "CP_WORLD_SIZE": p.cp_world_size,
+        "CP_INTERLEAVE": p.cp_interleave,
+        "SCHEDULED": split.scheduled,
+        "FIXED_SPLITS": split.steps_per_split > 0,
+        "TILE_M": tiles.m,
+        "CONSUMER_REGISTERS": tiles.consumer_registers,
+    }
+    return Config(tiles, split, constants)
+
+
+def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
+    """What one call launches, in order. Looks at the strides of the call's tensors, never at an address."""
+    split = config.split
+    # fmt: off
+    arguments = (
+        pointer(call, "q"), *problem.q_strides[:2],
+        pointer(call, "q_v"), *problem.q_v_strides[:2],
+        pointer(call, "k"), *problem.k_strides[:4],
+        pointer(call, "v"), *problem.v_strides[:4],
+        pointer(call, "block_table"), *problem.table_strides,
+        *lengths(call), *context_lengths(problem, call), *sinks(call),
+        schedule(split, call), *results(problem, call), Pointer("partial"), split.partial_lines,
+        problem.softmax_scale, problem.softcap,
+        problem.batch, problem.window_left, problem.window_right, problem.cp_rank, *shares(split),
+    )
+    # fmt: on
+    grid = (split.rows.tiles, problem.num_kv_heads, split.parts)
+    decode = Launch(mla_narrow_kernel, grid, arguments, config.constants, {"num_warps": 4})
+    return around(problem, split, call, decode)
+
+
+def run(problem: Problem, config: Config, call: Call, scratch: list[Tensor]) -> None:
+    """Launch the kernels of one call on its device's current stream."""
+    if config.ready:
+        run_again(config.ready, (*call, *scratch), problem.device)
+        return
+    # Two threads may come here at once.
+    config.ready[:] = first_run(launches(problem, config, call), sources(call, scratch), problem.device)

@@ -1,0 +1,141 @@
+"""Start Triton and Gluon kernels: what the GPU back ends share of the way from a plan to a device.
+
+The first call of a plan goes through Triton's own look-up, which compiles; later ones fill addresses into a
+list of arguments that is ready: nothing else changes from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from anystride.problem import Call
+
+STREAM = 3  # its position among a launcher's arguments
+
+
+class Target(NamedTuple):
+    """What of a device decides a configuration."""
+
+    backend: str  # cuda, hip, xpu; cpu: the interpreter
+    arch: int  # 90 for sm_90; 0 where that means nothing
+    processors: int
+    shared_bytes: int  # shared memory that one program can have
+
+
+@lru_cache(maxsize=64)
+def device_target(device: torch.device) -> Target:
+    """The target of a device, asked once."""
+    if device.type == "cpu":
+        return Target("cpu", 0, 4, 1 << 20)
+    properties = torch.cuda.get_device_properties(device)
+    shared = int(getattr(properties, "shared_memory_per_block_optin", 65536))
+    if torch.version.hip:
+        return Target("hip", 0, properties.multi_processor_count, shared)
+    arch = properties.major * 10 + properties.minor
+    return Target("cuda", arch, properties.multi_processor_count, shared)
+
+
+class Pointer(str):
+    """Stands for a tensor of the call, by its name in ``SOURCES``, among the arguments of a launch."""
+
+
+SOURCES = (*Call._fields, "partial", "schedule")  # what a launch points to: the call's tensors, the scratch
+
+
+class Launch(NamedTuple):
+    """One kernel launch of a plan, complete but for the addresses."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Ready(NamedTuple):
+    """A launch whose kernel is compiled: what is left to do is to fill in addresses."""
+
+    run: Any  # Triton's launcher
+    arguments: list[Any]
+    places: tuple[tuple[int, int], ...]  # (place among the arguments, index into SOURCES)
+
+
+def pointer(call: Call, name: str) -> Pointer | None:
+    """A tensor of the call as an argument, None where there is none."""
+    return None if getattr(call, name) is None else Pointer(name)
+
+
+def strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
+    """The strides of a tensor that may be missing."""
+    return (0,) * dims if tensor is None else tensor.stride()
+
+
+def sources(call: Call, scratch: list[Tensor]) -> dict[str, Any]:
+    """What launches point to, by name."""
+    return call._asdict() | dict(zip(SOURCES[len(call) :], scratch, strict=False))
+
+
+def first_start(launch: Launch, tensors: Mapping[str, Any]) -> Ready | None:
+    """Compile a launch, or find it compiled, and start it; None from the interpreter.
+
+    What the kernel is specialised on are strides, alignments and dtypes, all of which are a part of the
+    plan: later calls of the plan skip Triton's own look-up, and pass addresses, about which Triton would ask
+    the driver if they came as tensors. They skip its launch hooks, too: a Proton session sees first calls.
+    """
+    given = [tensors[x] if isinstance(x, Pointer) else x for x in launch.arguments]
+    made = launch.kernel[launch.grid](*given, **launch.constants, **launch.options)
+    if made is None:
+        return None
+    # The calling convention of compiled kernels, the same from Triton 3.6 to 3.9: grid, stream, function,
+    # packed metadata, launch metadata, two hooks, then the arguments.
+    before = [*launch.grid, None, made.function, made.packed_metadata, None, None, None]
+    arguments = [*before, *launch.arguments, *launch.constants.values()]
+    places = tuple((i, SOURCES.index(x)) for i, x in enumerate(arguments) if isinstance(x, Pointer))
+    return Ready(made.run, arguments, places)
+
+
+def first_run(launches: list[Launch], tensors: Mapping[str, Any], device: torch.device) -> list[Ready]:
+    """Start the launches of a plan for the first time, in order."""
+    with current(device):
+        started = [first_start(launch, tensors) for launch in launches]
+    return [x for x in started if x is not None]
+
+
+def run_again(ready: list[Ready], sources: tuple[Any, ...], device: torch.device) -> None:
+    """Start the compiled launches of a plan on the current stream of the device.
+
+    Args:
+        ready: From :func:`first_run`.
+        sources: Tensors in the order of ``SOURCES``.
+        device: Where they are.
+    """
+    driver = triton.runtime.driver.active
+    if driver.get_current_device() == device.index:
+        _start(ready, driver.get_current_stream(device.index), sources)
+    else:
+        with current(device):
+            _start(ready, driver.get_current_stream(device.index), sources)
+
+
+def _start(ready: list[Ready], stream: int, sources: tuple[Any, ...]) -> None:
+    for launch, template, places in ready:
+        arguments = template.copy()
+        arguments[STREAM] = stream
+        for place, source in places:
+            arguments[place] = sources[source].data_ptr()
+        launch(*arguments)
+
+
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device, whatever its tensors say."""
+    if device.type == "cpu":
+        return nullcontext()
+    context: AbstractContextManager[None] = torch.get_device_module(device).device(device)
+    return context

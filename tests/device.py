@@ -1,0 +1,137 @@
+"""What the tests on a CUDA device share: a checked call of one back end, a captured step, and clocks."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from checks import assert_right, attend
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from anystride import get_scheduler_metadata
+from anystride.testing import Case, Inputs, find_layout, make_inputs
+
+__all__ = [
+    "DEVICE", "STEP", "Engine", "OperatorArguments", "Result", "assert_same_bits", "metadata_of", "run",
+    "seconds_of",
+]  # fmt: skip
+
+DEVICE = "cuda"
+STEP = 64  # keys: the schedule cuts nowhere else
+Result = tuple[Tensor, Tensor | None]
+
+
+def run(inputs: Inputs, backend: str = "triton", **others: Any) -> Result:
+    """Make the call and hold it to the law."""
+    out, lse = attend(inputs, backend, **others)
+    assert_right(inputs, out, lse)
+    return out, lse
+
+
+def assert_same_bits(left: Result, right: Result) -> None:
+    for one, other in zip(left, right, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
+def metadata_of(inputs: Inputs, **others: Any) -> Tensor:
+    case, kwargs = inputs.case, inputs.kwargs | others
+    return get_scheduler_metadata(
+        case.batch, kwargs["max_seqlen_q"], kwargs["max_seqlen_k"], case.num_q_heads, case.num_kv_heads,
+        case.d_qk, kwargs["seqused_k"], case.torch_dtype, case.d_v, kwargs["cu_seqlens_q"],
+        causal=case.causal, window_size=case.window,
+    )  # fmt: skip
+
+
+class Engine:
+    """One captured step, and the tensors that an engine overwrites between two replays."""
+
+    def __init__(self, case: Case, layout: str, metadata: str, backend: str = "triton") -> None:
+        self.backend = backend
+        self.inputs = make_inputs(case, find_layout(layout), DEVICE, out="packed")
+        self.kwargs = self.inputs.kwargs
+        self.table, self.how = self.kwargs["block_table"].clone(), metadata
+        self.shared = metadata_of(self.inputs) if metadata == "copied" else None
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step()  # compiles
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = self._step()
+
+    def _step(self) -> Result:
+        metadata = metadata_of(self.inputs) if self.how == "captured" else self.shared
+        return attend(self.inputs, self.backend, scheduler_metadata=metadata)
+
+    def replay(self, lengths: Sequence[int], q_lens: Sequence[int], order: Sequence[int]) -> None:
+        """Replay with other lengths, and with the blocks of other sequences, and check the result."""
+        kwargs = self.kwargs
+        case = replace(self.inputs.case, seqused_k=tuple(lengths), q_lens=tuple(q_lens))
+        starts = [0, *itertools.accumulate(q_lens)]
+        kwargs["cu_seqlens_q"].copy_(torch.tensor(starts, dtype=torch.int32))
+        kwargs["seqused_k"].copy_(torch.tensor(lengths, dtype=torch.int32))
+        kwargs["block_table"].copy_(self.table[list(order)])
+        if self.shared is not None:
+            self.shared.copy_(metadata_of(self.inputs))
+        assert self.inputs.out_flat is not None
+        self.inputs.out_flat.fill_(float("nan"))
+        self.graph.replay()
+        now = replace(self.inputs, case=case, lengths=tuple(lengths))
+        assert_right(now, *self.result)
+
+    def replay_at_all_lengths(self) -> None:
+        """Replay full, nearly empty, padded, empty, and at random."""
+        case = self.inputs.case
+        most, n = case.seqused_k[0], case.q_lens[0]
+        batch = range(case.batch)
+        some = [most, *[0] * (case.batch - 1)]
+        self.replay([most] * case.batch, [n] * case.batch, batch)
+        self.replay([n] * case.batch, [n] * case.batch, batch)
+        self.replay([0, most, 0, 65, 64, 0], [n] * case.batch, [3, 1, 0, 2, 5, 4])
+        self.replay(some, [n, *[0] * (case.batch - 1)], batch)  # a padded batch
+        self.replay([0] * case.batch, [n] * case.batch, batch)
+        self.replay([0] * case.batch, [0] * case.batch, batch)
+        source = random.Random(0)
+        for _ in range(6):
+            lengths = [source.randint(0, most) for _ in batch]
+            q_lens = [source.randint(0, n) for _ in batch]
+            self.replay(lengths, q_lens, source.sample(batch, case.batch))
+
+
+class OperatorArguments(TorchDispatchMode):
+    """Keeps the arguments with which the operator is called."""
+
+    args: tuple[Any, ...]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.anystride.attention.default:
+            self.args = args
+        return func(*args, **(kwargs or {}))
+
+
+def seconds_of(step: Callable[[], object]) -> float:
+    """Median time on the device of a captured step."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times: list[float] = []
+    for _ in range(21):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return sorted(times)[len(times) // 2]
