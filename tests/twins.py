@@ -25,4 +25,5 @@ def packed_twin(inputs: Inputs, device: str = "cpu") -> Inputs | None:
     relations = {layout.relation(inputs.storage.shape) for layout in (inputs.layout, packed)}
     if len(relations) > 1 and "v_in_k" in {relation.kind for relation in relations}:
         return None
-    return make_inputs(inputs.case, packed, device, values=inputs.values)
+    rank = inputs.kwargs.get("cp_rank", 0)
+    return make_inputs(inputs.case, packed, device, values=inputs.values, rank=rank)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anystride.kernels.mla_narrow_sm90 import mla_narrow_kernel
+from anystride.kernels.mla_wide_sm90 import mla_wide_kernel
 from anystride.launch import (
     Launch,
     Pointer,
@@ -41,9 +42,10 @@ from anystride.work import (
 
 NAME = "hopper"
 
-LATENTS = (64, 256, 512)  # d_v
-ROPES = (32, 64)  # dimensions that only K has
-MOST_ROWS = 32  # query tokens times heads of a group
+NARROW_ROWS = 32  # query tokens times heads of a group up to which keys are the long side of the products
+# d_v, and the dimensions that only K has, of the narrow kernel and of the wide one
+LATENTS, ROPES = (64, 256, 512), (32, 64)
+WIDE_LATENTS, WIDE_ROPES = (256, 512), (64,)
 
 
 class Tiles(NamedTuple):
@@ -51,7 +53,7 @@ class Tiles(NamedTuple):
 
     m: int  # rows
     n: int  # keys
-    consumer_registers: int
+    consumer_registers: int  # of a thread of the two warpgroups that compute
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,14 @@ def shape_refusals(problem: Problem) -> list[str]:
         reasons.append(f"K and V are {p.relation.kind}; needs V in K's row, or q_v")
     elif p.relation.kind == "v_in_k" and p.relation.offset not in (0, p.d_qk - p.d_v):
         reasons.append(f"V begins at element {p.relation.offset} of K's row; needs its begin or its end")
-    elif p.d_v not in LATENTS or rope_dims(p) not in ROPES:
-        reasons.append(
-            f"V of {p.d_v} and {rope_dims(p)} more dimensions of K; needs {LATENTS} and {ROPES} of them"
-        )
-    rows = rows_in_tiles(p)
-    if rows > MOST_ROWS:
-        reasons.append(f"{rows} rows (query tokens x heads of a group); needs at most {MOST_ROWS}")
+    else:
+        rows = rows_in_tiles(p)
+        latents, ropes = (LATENTS, ROPES) if rows <= NARROW_ROWS else (WIDE_LATENTS, WIDE_ROPES)
+        if p.d_v not in latents or rope_dims(p) not in ropes:
+            reasons.append(
+                f"V of {p.d_v} and {rope_dims(p)} more dimensions of K, with {rows} rows (query tokens x "
+                f"heads of a group); needs {latents} and {ropes} of them"
+            )
     if p.has_alibi:
         reasons.append("alibi_slopes were given; needs None")
     if p.has_q_descale or p.has_k_descale or p.has_v_descale:
@@ -159,9 +162,17 @@ def choose_config(problem: Problem) -> Config:
 
 def choose_tiles(problem: Problem) -> Tiles:
     """Tile sizes of the decode kernel; eight rows where there are no more."""
-    if problem.group_size * problem.max_seqlen_q <= 8:
-        return Tiles(8, 64, 184)
-    return Tiles(16, 64, 184) if rows_in_tiles(problem) <= 16 else Tiles(32, 64, 224)
+    rows = rows_in_tiles(problem)
+    if rows > NARROW_ROWS:
+        return Tiles(64, 64, 224)
+    if rows > 16:
+        return Tiles(32, 64, 224)
+    return Tiles(8 if problem.group_size * problem.max_seqlen_q <= 8 else 16, 64, 184)
+
+
+def is_narrow(tiles: Tiles) -> bool:
+    """Whether the kernel for few rows runs."""
+    return tiles.m <= NARROW_ROWS
 
 
 def programs(problem: Problem, target: Target) -> int:
@@ -186,15 +197,17 @@ def config_for(problem: Problem, target: Target) -> Config:
         "VECTOR": row_vector(p),
         "Q_VECTOR": query_vector(p),
         "HAS_LEFT": p.window_left >= 0,
-        "HAS_RIGHT": p.window_right >= 0,
+        # One query token sees all keys up to its own; but a bounded window counts in the schedule.
+        "HAS_RIGHT": p.window_right >= 0 and (p.max_seqlen_q > 1 or p.window_left >= 0),
         "HAS_SOFTCAP": p.softcap > 0,
         "CP_WORLD_SIZE": p.cp_world_size,
         "CP_INTERLEAVE": p.cp_interleave,
         "SCHEDULED": split.scheduled,
         "FIXED_SPLITS": split.steps_per_split > 0,
-        "TILE_M": tiles.m,
-        "CONSUMER_REGISTERS": tiles.consumer_registers,
     }
+    if is_narrow(tiles):
+        constants["TILE_M"] = tiles.m
+    constants["CONSUMER_REGISTERS"] = tiles.consumer_registers
     return Config(tiles, split, constants)
 
 
@@ -215,7 +228,8 @@ def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
     )
     # fmt: on
     grid = (split.rows.tiles, problem.num_kv_heads, split.parts)
-    decode = Launch(mla_narrow_kernel, grid, arguments, config.constants, {"num_warps": 4})
+    kernel = mla_narrow_kernel if is_narrow(config.tiles) else mla_wide_kernel
+    decode = Launch(kernel, grid, arguments, config.constants, {"num_warps": 4})
     return around(problem, split, call, decode)
 
 

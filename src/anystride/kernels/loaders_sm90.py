@@ -44,43 +44,38 @@ def copy_rows(tile, ptr, rows, mask, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def row_offsets(place, cache, VECTOR: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr):
-    """Offsets of rows, from their page, block in the page and slot in the block.
+def row_offsets(
+    block, positions, k_start, cache, VECTOR: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    BLOCKS_PER_PAGE: gl.constexpr,
+):  # fmt: skip
+    """Offsets of the rows at ``positions`` of a sequence, from the ids of their blocks.
 
-    ``cache`` is ``head offset, stride_page, stride_block, stride_token``. What is known to be zero is not
-    added: a sum that the compiler folds away would take what it knows of the alignment with it.
+    ``cache`` is ``stride_page, stride_block, stride_token``. What is known to be zero is not added: a sum
+    that the compiler folds away would take what it knows of the alignment with it.
     """
-    page, block, slot = place
-    head, stride_page, stride_block, stride_token = cache
+    stride_page, stride_block, stride_token = cache
     if BLOCK_SIZE == 0:
-        rows = head + slot * stride_token
+        rows = (k_start + positions) * stride_token
     else:
-        rows = head + page * stride_page
+        rows = (block // BLOCKS_PER_PAGE).to(gl.int64) * stride_page
         if BLOCKS_PER_PAGE > 1:
-            rows += block * stride_block
+            rows += (block % BLOCKS_PER_PAGE).to(gl.int64) * stride_block
         if BLOCK_SIZE > 1:
-            rows += slot * stride_token
+            rows += (positions % BLOCK_SIZE).to(gl.int64) * stride_token
     return gl.multiple_of(rows, VECTOR)
 
 
 @gluon.jit
-def find_rows(
-    key, first_key, key_end, k_start, table_ptr, stride_table_block, k, v, offs_n,
-    VECTOR: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, HAS_LEFT: gl.constexpr,
+def find_blocks(
+    positions, first_key, key_end, table_ptr, stride_table_block,
+    BLOCK_SIZE: gl.constexpr, HAS_LEFT: gl.constexpr,
 ):  # fmt: skip
-    """Offsets of the rows of the tile that begins at ``key``, in K and in V, and which of them there are."""
-    positions = key + offs_n
+    """Block ids of the rows at ``positions``, and which of them there are: no entry of the others is read."""
     mask = positions < key_end
     if HAS_LEFT:
         mask = mask & (positions >= first_key)
-    if BLOCK_SIZE == 0:
-        slot = k_start + positions
-        place = (slot, slot, slot)
-    else:
+    block = positions
+    if BLOCK_SIZE > 0:
         entry = (positions // BLOCK_SIZE).to(gl.int64)
         block = gl.load(table_ptr + entry * stride_table_block, mask=mask, other=0)
-        page = (block // BLOCKS_PER_PAGE).to(gl.int64)
-        place = (page, (block % BLOCKS_PER_PAGE).to(gl.int64), (positions % BLOCK_SIZE).to(gl.int64))
-    k_rows = row_offsets(place, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
-    v_rows = row_offsets(place, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
-    return k_rows, v_rows, mask
+    return block, mask

@@ -21,35 +21,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from anystride.kernels.decode import LN_2, LOG2_E, tanh
-from anystride.kernels.loaders_sm90 import COLUMNS, TILE, barrier, copy_rows, find_rows, load_queries
+from anystride.kernels.attention_sm90 import (
+    PLAIN,
+    RUNTIME,
+    UNALIGNED,
+    bring_queries,
+    fill_nan,
+    in_base_2,
+    is_visible,
+    seen_by_all,
+)
+from anystride.kernels.decode import LN_2, LOG2_E
+from anystride.kernels.loaders_sm90 import COLUMNS, TILE, barrier, copy_rows, find_blocks, row_offsets
 from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
 from anystride.kernels.schedule import is_foreign
 
-PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PLAIN_2D = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-
-RUNTIME = [
-    "stride_q_token", "stride_q_head", "stride_q_v_token", "stride_q_v_head",
-    "stride_k_page", "stride_k_block", "stride_k_token", "stride_k_head",
-    "stride_v_page", "stride_v_block", "stride_v_token", "stride_v_head",
-    "stride_table_seq", "stride_table_block",
-    "stride_cu_q", "stride_cu_k", "stride_seqused", "stride_cp_tot", "stride_sinks",
-    "stride_out_token", "stride_out_head", "stride_out_dim", "stride_lse_head",
-    "batch", "window_left", "window_right", "cp_rank",
-    "units_per_seq", "splits_per_unit", "steps_per_split", "rows_per_unit", "partial_lines",
-]  # fmt: skip
-UNALIGNED = [
-    "block_table_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr", "cp_tot_ptr", "sinks_ptr",
-    "metadata_ptr",
-]  # fmt: skip
 
 
 @gluon.jit
 def produce(
     v_smem, k_smem, full, empty, walk, lengths, k_ptr, k, v_ptr, v, table,
     D_V: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr, WARPS: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, ONE_ROW: gl.constexpr,
     GROUP_SIZE: gl.constexpr, TILE_M: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SHARDED: gl.constexpr,
 ):  # fmt: skip
@@ -75,11 +69,15 @@ def produce(
                 k_start = gl.load(lengths[2] + seq * lengths[3]).to(gl.int64)
             else:
                 table_ptr += seq.to(gl.int64) * table[1]
-            k_rows, v_rows, mask = find_rows(
-                key_begin, first_key, key_end, k_start, table_ptr, table[2], k, v, offs_n,
-                VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, HAS_LEFT,
-            )  # fmt: skip
-            for key in range(key_begin, key_end, TILE):
+            positions = key_begin + offs_n
+            block, mask = find_blocks(
+                positions, first_key, key_end, table_ptr, table[2], BLOCK_SIZE, HAS_LEFT
+            )
+            for _key in range(key_begin, key_end, TILE):
+                v_rows = row_offsets(block, positions, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+                k_rows = v_rows
+                if not ONE_ROW:
+                    k_rows = row_offsets(block, positions, k_start, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
                 buffer = tiles & 1
                 mbarrier.wait(empty.index(buffer), ((tiles >> 1) & 1) ^ 1)
                 copy_rows(v_smem.index(buffer), v_ptr, v_rows, mask, D_V, LAYOUT)
@@ -87,10 +85,10 @@ def produce(
                 async_copy.mbarrier_arrive(full.index(buffer), increment_count=False)
                 tiles += 1
                 # The next tile's block ids are fetched while this one is on its way.
-                k_rows, v_rows, mask = find_rows(
-                    key + TILE, first_key, key_end, k_start, table_ptr, table[2], k, v, offs_n,
-                    VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, HAS_LEFT,
-                )  # fmt: skip
+                positions += TILE
+                block, mask = find_blocks(
+                    positions, first_key, key_end, table_ptr, table[2], BLOCK_SIZE, HAS_LEFT
+                )
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
 
 
@@ -130,14 +128,10 @@ def consume(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_M, 16])
     ROW: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     KEY: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    Q_LANES: gl.constexpr = min(D_K // Q_VECTOR, 32)
-    Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, Q_VECTOR], [32 // Q_LANES, Q_LANES], [4, 1], [1, 0])
     tile_in_unit = gl.program_id(0)
     part = gl.program_id(2)
     offs_m = gl.arange(0, TILE_M, ROW)
     offs_n = gl.arange(0, TILE, KEY)
-    window_left = walk[6]
-    window_right = walk[7]
     seq, unit, step, end_seq, end_unit, end_step = part_range(part, walk, SCHEDULED)
     first_seq = seq
     first_unit = unit
@@ -156,32 +150,29 @@ def consume(
             )  # fmt: skip
             num_rows = num_tokens * GROUP_SIZE
             # Each warpgroup brings a half of the queries.
-            q_rows = first_row + gl.arange(0, TILE_M, gl.SliceLayout(1, Q_LAYOUT))
-            q_mask = q_rows < num_rows
-            q_token = (q_start + q_rows // GROUP_SIZE).to(gl.int64)
-            q_head = (kv_head * GROUP_SIZE + q_rows % GROUP_SIZE).to(gl.int64)
-            q_v_rows = gl.multiple_of(q_token * q_v[0] + q_head * q_v[1], Q_VECTOR)
             q_tile = q_v_smem.index(0)
             if W == 0:
-                load_queries(q_tile.slice(0, D_V0, dim=1), q_v_ptr, q_v_rows, q_mask, D_V0, Q_LAYOUT)
+                bring_queries(
+                    q_tile.slice(0, D_V0, dim=1), q_v_ptr, q_v, q_start, first_row, num_rows, kv_head,
+                    GROUP_SIZE, TILE_M, D_V0, Q_VECTOR,
+                )  # fmt: skip
             else:
                 if D_V1 > 0:
-                    half = q_tile.slice(D_V0, D_V1, dim=1)
-                    load_queries(half, q_v_ptr + D_V0, q_v_rows, q_mask, D_V1, Q_LAYOUT)
-                q_k_rows = gl.multiple_of(q_token * q_k[0] + q_head * q_k[1], Q_VECTOR)
-                load_queries(q_k_smem.index(0), q_k_ptr, q_k_rows, q_mask, D_K, Q_LAYOUT)
+                    bring_queries(
+                        q_tile.slice(D_V0, D_V1, dim=1), q_v_ptr + D_V0, q_v, q_start, first_row, num_rows,
+                        kv_head, GROUP_SIZE, TILE_M, D_V1, Q_VECTOR,
+                    )  # fmt: skip
+                bring_queries(
+                    q_k_smem.index(0), q_k_ptr, q_k, q_start, first_row, num_rows, kv_head,
+                    GROUP_SIZE, TILE_M, D_K, Q_VECTOR,
+                )  # fmt: skip
             fence_async_shared()
             mbarrier.arrive(q_ready, count=1)
 
-            # The keys that all rows see: a tile within them needs no mask.
-            all_begin = first_key
-            all_end = key_end
-            first_centre = total - num_tokens + first_row // GROUP_SIZE
-            if HAS_RIGHT:
-                all_end = tl.minimum(all_end, first_centre + window_right + 1)
-            if HAS_LEFT:
-                last_row = tl.minimum(first_row + TILE_M, num_rows) - 1
-                all_begin = tl.maximum(all_begin, total - num_tokens + last_row // GROUP_SIZE - window_left)
+            all_begin, all_end = seen_by_all(
+                first_row, num_rows, num_tokens, total, first_key, key_end, walk,
+                GROUP_SIZE, TILE_M, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
             acc0 = gl.zeros([D_V0, TILE_M], gl.float32, LAYOUT)
             if D_V1 > 0:
                 acc1 = gl.zeros([D_V1, TILE_M], gl.float32, LAYOUT)
@@ -201,27 +192,15 @@ def consume(
                 )
                 scores = warpgroup_mma(k_tile, q_k_smem.index(zero).permute((1, 0)), scores, is_async=True)
                 scores = warpgroup_mma_wait(0, deps=[scores])
-                if HAS_SOFTCAP:
-                    scores = tanh(scores * (softmax_scale / softcap)) * (softcap * LOG2_E)
-                else:
-                    scores = scores * (softmax_scale * LOG2_E)
+                scores = in_base_2(scores, softmax_scale, softcap, HAS_SOFTCAP)
                 key = key_begin + i * TILE
                 if SHARDED or (key < all_begin) | (key + TILE > all_end):
-                    positions = key + offs_n
-                    visible = gl.expand_dims(positions < key_end, 1)
-                    if HAS_LEFT:
-                        visible = visible & gl.expand_dims(positions >= first_key, 1)
-                    where = positions
-                    if SHARDED:
-                        turns = positions // CP_INTERLEAVE
-                        where = (turns * CP_WORLD_SIZE + cp_rank) * CP_INTERLEAVE + positions % CP_INTERLEAVE
                     centre = total - num_tokens + (first_row + zero + offs_m) // GROUP_SIZE
-                    if HAS_RIGHT:
-                        last = gl.expand_dims(centre + window_right, 0)
-                        visible = visible & (gl.expand_dims(where, 1) <= last)
-                    if HAS_LEFT:
-                        first = gl.expand_dims(centre - window_left, 0)
-                        visible = visible & (gl.expand_dims(where, 1) >= first)
+                    visible = is_visible(
+                        gl.expand_dims(key + offs_n, 1), gl.expand_dims(centre - walk[6], 0),
+                        gl.expand_dims(centre + walk[7], 0), first_key, key_end, cp_rank,
+                        HAS_LEFT, HAS_RIGHT, CP_WORLD_SIZE, CP_INTERLEAVE,
+                    )  # fmt: skip
                     scores = gl.where(visible, scores, float("-inf"))
                 new_max = gl.maximum(row_max, gl.max(scores, 0))
                 anchor = gl.where(new_max == float("-inf"), 0.0, new_max)
@@ -315,27 +294,6 @@ def consume(
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
 
 
-@gluon.jit
-def fill_nan(
-    out, lse, cu_seqlens_q_ptr, stride_cu_q, batch, kv_head, part, num_parts,
-    GROUP_SIZE: gl.constexpr, D_V: gl.constexpr,
-):  # fmt: skip
-    """The answer to a schedule that was made for another call: NaN in every row."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    dims = gl.arange(0, D_V, LAYOUT).to(gl.int64)
-    nan = gl.full([D_V], float("nan"), gl.float32, LAYOUT)
-    for seq in range(part, batch, num_parts):
-        q_start = gl.load(cu_seqlens_q_ptr + seq * stride_cu_q)
-        num_rows = (gl.load(cu_seqlens_q_ptr + (seq + 1) * stride_cu_q) - q_start) * GROUP_SIZE
-        for row in range(num_rows):
-            token = (q_start + row // GROUP_SIZE).to(gl.int64)
-            head = (kv_head * GROUP_SIZE + row % GROUP_SIZE).to(gl.int64)
-            ptrs = out[0] + (token * out[1] + head * out[2] + dims * out[3])
-            gl.store(ptrs, nan.to(out[0].dtype.element_ty))
-            if lse[0] is not None:
-                gl.store(lse[0] + head * lse[1] + token, float("nan"))
-
-
 @gluon.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=UNALIGNED)
 def mla_narrow_kernel(
     q_ptr, stride_q_token, stride_q_head,
@@ -410,8 +368,12 @@ def mla_narrow_kernel(
         latent_ptr = q_ptr + V_AT
         latent = (stride_q_token, stride_q_head)
     rope = (stride_q_token, stride_q_head)
-    k = (kv_head.to(gl.int64) * stride_k_head, stride_k_page, stride_k_block, stride_k_token)
-    v = (kv_head.to(gl.int64) * stride_v_head, stride_v_page, stride_v_block, stride_v_token)
+    # A base off 16 bytes: Triton knows nothing of it unless it is told.
+    BYTES: gl.constexpr = VECTOR * dtype.primitive_bitwidth // 8
+    k_base = gl.multiple_of(k_ptr + (kv_head.to(gl.int64) * stride_k_head + K_AT), BYTES)
+    v_base = gl.multiple_of(v_ptr + kv_head.to(gl.int64) * stride_v_head, BYTES)
+    k = (stride_k_page, stride_k_block, stride_k_token)
+    v = (stride_v_page, stride_v_block, stride_v_token)
     table = (block_table_ptr, stride_table_seq, stride_table_block)
     walk = (
         metadata_ptr, batch, units_per_seq, splits_per_unit, steps_per_split, rows_per_unit,
@@ -433,8 +395,8 @@ def mla_narrow_kernel(
             )  # fmt: skip
     gl.warp_specialize([
         (produce, (
-            v_smem, k_smem, full, empty, walk, lengths, k_ptr + K_AT, k, v_ptr, v, table,
-            D_V, D_K, VECTOR, WARPS, BLOCK_SIZE, BLOCKS_PER_PAGE,
+            v_smem, k_smem, full, empty, walk, lengths, k_base, k, v_base, v, table,
+            D_V, D_K, VECTOR, WARPS, BLOCK_SIZE, BLOCKS_PER_PAGE, V_AT >= 0,
             GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
         )),
         (consume, (

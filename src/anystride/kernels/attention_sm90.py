@@ -1,0 +1,112 @@
+"""The pieces of attention that Hopper's MLA kernels share: arguments, queries, scores, masks.
+
+Masks come as two tensors that broadcast, one of key positions and one of rows, so that a kernel may have its
+keys on either side.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from anystride.kernels.decode import LOG2_E, tanh
+from anystride.kernels.loaders_sm90 import load_queries
+
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+# Arguments that may change from call to call without a new compilation.
+RUNTIME = [
+    "stride_q_token", "stride_q_head", "stride_q_v_token", "stride_q_v_head",
+    "stride_k_page", "stride_k_block", "stride_k_token", "stride_k_head",
+    "stride_v_page", "stride_v_block", "stride_v_token", "stride_v_head",
+    "stride_table_seq", "stride_table_block",
+    "stride_cu_q", "stride_cu_k", "stride_seqused", "stride_cp_tot", "stride_sinks",
+    "stride_out_token", "stride_out_head", "stride_out_dim", "stride_lse_head",
+    "batch", "window_left", "window_right", "cp_rank",
+    "units_per_seq", "splits_per_unit", "steps_per_split", "rows_per_unit", "partial_lines",
+]  # fmt: skip
+UNALIGNED = [
+    "block_table_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr", "cp_tot_ptr", "sinks_ptr",
+    "metadata_ptr",
+]  # fmt: skip
+
+
+@gluon.jit
+def bring_queries(
+    smem, ptr, strides, q_start, first_row, num_rows, kv_head, GROUP_SIZE: gl.constexpr, ROWS: gl.constexpr,
+    WIDTH: gl.constexpr, VECTOR: gl.constexpr,
+):  # fmt: skip
+    """Bring WIDTH dimensions of the queries of ROWS rows into shared memory; rows that are none are zeros."""
+    LANES: gl.constexpr = min(WIDTH // VECTOR, 32)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [4, 1], [1, 0])
+    rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    token = (q_start + rows // GROUP_SIZE).to(gl.int64)
+    head = (kv_head * GROUP_SIZE + rows % GROUP_SIZE).to(gl.int64)
+    offsets = gl.multiple_of(token * strides[0] + head * strides[1], VECTOR)
+    load_queries(smem, ptr, offsets, rows < num_rows, WIDTH, LAYOUT)
+
+
+@gluon.jit
+def in_base_2(scores, softmax_scale, softcap, HAS_SOFTCAP: gl.constexpr):
+    """Scores scaled, capped, and times log2(e)."""
+    if HAS_SOFTCAP:
+        scores = tanh(scores * (softmax_scale / softcap)) * (softcap * LOG2_E)
+    else:
+        scores = scores * (softmax_scale * LOG2_E)
+    return scores
+
+
+@gluon.jit
+def seen_by_all(
+    first_row, num_rows, num_tokens, total, first_key, key_end, walk,
+    GROUP_SIZE: gl.constexpr, ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Begin and end of the keys that all rows of a tile see: a tile of keys within them needs no mask."""
+    begin = first_key
+    end = key_end
+    if HAS_RIGHT:
+        end = tl.minimum(end, total - num_tokens + first_row // GROUP_SIZE + walk[7] + 1)
+    if HAS_LEFT:
+        last_row = tl.minimum(first_row + ROWS, num_rows) - 1
+        begin = tl.maximum(begin, total - num_tokens + last_row // GROUP_SIZE - walk[6])
+    return begin, end
+
+
+@gluon.jit
+def is_visible(
+    positions, first, last, first_key, key_end, cp_rank, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
+):  # fmt: skip
+    """Whether rows that see positions ``first`` to ``last`` of a sequence see the keys at ``positions``."""
+    visible = positions < key_end
+    if HAS_LEFT:
+        visible = visible & (positions >= first_key)
+    where = positions
+    if CP_WORLD_SIZE > 1:
+        turns = positions // CP_INTERLEAVE
+        where = (turns * CP_WORLD_SIZE + cp_rank) * CP_INTERLEAVE + positions % CP_INTERLEAVE
+    if HAS_RIGHT:
+        visible = visible & (where <= last)
+    if HAS_LEFT:
+        visible = visible & (where >= first)
+    return visible
+
+
+@gluon.jit
+def fill_nan(
+    out, lse, cu_seqlens_q_ptr, stride_cu_q, batch, kv_head, part, num_parts,
+    GROUP_SIZE: gl.constexpr, D_V: gl.constexpr,
+):  # fmt: skip
+    """The answer to a schedule that was made for another call: NaN in every row."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dims = gl.arange(0, D_V, LAYOUT).to(gl.int64)
+    nan = gl.full([D_V], float("nan"), gl.float32, LAYOUT)
+    for seq in range(part, batch, num_parts):
+        q_start = gl.load(cu_seqlens_q_ptr + seq * stride_cu_q)
+        num_rows = (gl.load(cu_seqlens_q_ptr + (seq + 1) * stride_cu_q) - q_start) * GROUP_SIZE
+        for row in range(num_rows):
+            token = (q_start + row // GROUP_SIZE).to(gl.int64)
+            head = (kv_head * GROUP_SIZE + row % GROUP_SIZE).to(gl.int64)
+            ptrs = out[0] + (token * out[1] + head * out[2] + dims * out[3])
+            gl.store(ptrs, nan.to(out[0].dtype.element_ty))
+            if lse[0] is not None:
+                gl.store(lse[0] + head * lse[1] + token, float("nan"))

@@ -1,0 +1,578 @@
+"""MLA on Hopper for tiles of 64 rows: two warpgroups that share one output and hand weights to each other.
+
+Each warpgroup scores every second tile of keys and holds one half of the output's dimensions, over all tiles:
+the left one scores the even tiles and holds dimensions ``[0, d_v / 2)``, the right one the odd tiles and the
+other dimensions. Weights of the own tile come from registers, those of the other's from shared memory, where
+the rope piece of the tile was: it is dead once the scores are there. While one warpgroup takes the
+exponentials of its tile, the other one keeps the tensor cores busy.
+
+Both keep one running maximum, which goes from left to right and back within a pair of tiles. Masked scores
+and first maxima are large negative numbers, not infinite ones: their differences are numbers.
+
+Source: FlashMLA's schedule for Hopper, https://github.com/deepseek-ai/FlashMLA, docs, 2025-04-22.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from anystride.kernels.attention_sm90 import (
+    PLAIN,
+    RUNTIME,
+    UNALIGNED,
+    bring_queries,
+    fill_nan,
+    in_base_2,
+    is_visible,
+    seen_by_all,
+)
+from anystride.kernels.decode import LN_2, LOG2_E
+from anystride.kernels.loaders_sm90 import COLUMNS, TILE, barrier, copy_rows, find_blocks, row_offsets
+from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
+from anystride.kernels.schedule import is_foreign
+
+ROWS = gl.constexpr(64)  # of a tile: those of a warpgroup's product
+MASKED = gl.constexpr(-1.0e33)
+NOTHING = gl.constexpr(-1.0e30)  # a maximum over no keys: above MASKED, whose weight it makes 0
+# Of the halves of the two buffers, in the tuples of their barriers.
+LEFT0, RIGHT0, LEFT1, RIGHT1 = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
+
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # [ROWS, TILE]
+ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
+KEY = gl.constexpr(gl.SliceLayout(0, SCORES.value))
+
+
+@gluon.jit
+def produce(
+    v_smem, k_smem, full, empty, walk, lengths, k_ptr, k, v_ptr, v, table,
+    D_HALF: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr, WARPS: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, ONE_ROW: gl.constexpr,
+    GROUP_SIZE: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SHARDED: gl.constexpr,
+):  # fmt: skip
+    """Fill the halves of the two buffers, in the order in which they become free."""
+    LANES: gl.constexpr = min(D_K, COLUMNS) // VECTOR
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    offs_n = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+    left0 = v_smem.index(0).slice(0, D_HALF, dim=1)
+    right0 = v_smem.index(0).slice(D_HALF, D_HALF, dim=1)
+    left1 = v_smem.index(1).slice(0, D_HALF, dim=1)
+    right1 = v_smem.index(1).slice(D_HALF, D_HALF, dim=1)
+    seq, unit, step, end_seq, end_unit, end_step = part_range(gl.program_id(2), walk, SCHEDULED)
+    pairs = 0
+    while is_before(seq, unit, step, end_seq, end_unit, end_step):
+        _start, num_tokens, length, total, units, _row, step, stop_step, _whole, exists = unit_share(
+            seq, unit, step, end_seq, end_unit, end_step, walk, lengths, gl.program_id(0),
+            GROUP_SIZE, ROWS, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
+        )  # fmt: skip
+        if exists:
+            first_key, key_begin, key_end = share_keys(
+                unit, step, stop_step, num_tokens, length, total, walk,
+                GROUP_SIZE, HAS_LEFT, HAS_RIGHT, SHARDED,
+            )  # fmt: skip
+            k_start = seq.to(gl.int64)
+            table_ptr = table[0]
+            if BLOCK_SIZE == 0:
+                k_start = gl.load(lengths[2] + seq * lengths[3]).to(gl.int64)
+            else:
+                table_ptr += seq.to(gl.int64) * table[1]
+            positions0 = key_begin + offs_n
+            for _key in range(key_begin, tl.maximum(key_end, key_begin + 1), 2 * TILE):
+                phase = (pairs & 1) ^ 1
+                positions1 = positions0 + TILE
+                block0, mask0 = find_blocks(
+                    positions0, first_key, key_end, table_ptr, table[2], BLOCK_SIZE, HAS_LEFT
+                )
+                block1, mask1 = find_blocks(
+                    positions1, first_key, key_end, table_ptr, table[2], BLOCK_SIZE, HAS_LEFT
+                )
+                rows0 = row_offsets(block0, positions0, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+                rows1 = row_offsets(block1, positions1, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+                mbarrier.wait(empty[LEFT0], phase)
+                copy_rows(left0, v_ptr, rows0, mask0, D_HALF, LAYOUT)
+                async_copy.mbarrier_arrive(full[LEFT0], increment_count=False)
+                mbarrier.wait(empty[RIGHT1], phase)
+                copy_rows(right1, v_ptr + D_HALF, rows1, mask1, D_HALF, LAYOUT)
+                async_copy.mbarrier_arrive(full[RIGHT1], increment_count=False)
+                mbarrier.wait(empty[RIGHT0], phase)
+                copy_rows(right0, v_ptr + D_HALF, rows0, mask0, D_HALF, LAYOUT)
+                if not ONE_ROW:
+                    rows0 = row_offsets(block0, positions0, k_start, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+                copy_rows(k_smem.index(0), k_ptr, rows0, mask0, D_K, LAYOUT)
+                async_copy.mbarrier_arrive(full[RIGHT0], increment_count=False)
+                mbarrier.wait(empty[LEFT1], phase)
+                copy_rows(left1, v_ptr, rows1, mask1, D_HALF, LAYOUT)
+                if not ONE_ROW:
+                    rows1 = row_offsets(block1, positions1, k_start, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+                copy_rows(k_smem.index(1), k_ptr, rows1, mask1, D_K, LAYOUT)
+                async_copy.mbarrier_arrive(full[LEFT1], increment_count=False)
+                pairs += 1
+                positions0 += 2 * TILE
+        seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
+
+
+@gluon.jit
+def keep_limits(
+    limits_smem, first_row, first_centre, walk, GROUP_SIZE: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Put the first and the last position that each row sees into shared memory: few tiles ask for them."""
+    centre = first_centre + (first_row + gl.arange(0, ROWS, ROW)) // GROUP_SIZE
+    if HAS_LEFT:
+        limits_smem.index(0).store(centre - walk[6])
+    if HAS_RIGHT:
+        limits_smem.index(1).store(centre + walk[7])
+
+
+@gluon.jit
+def weights_of(
+    scores, base_max, max_smem, limits_smem, key, all_begin, all_end, first_key, key_end,
+    softmax_scale, softcap, cp_rank, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr, CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
+):  # fmt: skip
+    """``(weights [ROWS, TILE], maxima, sums)`` of a tile; the maxima also go to shared memory."""
+    scores = in_base_2(scores, softmax_scale, softcap, HAS_SOFTCAP)
+    if CP_WORLD_SIZE > 1 or (key < all_begin) | (key + TILE > all_end):
+        positions = gl.expand_dims(key + gl.arange(0, TILE, KEY), 0)
+        first = positions
+        last = positions
+        if HAS_LEFT:
+            first = gl.expand_dims(limits_smem.index(0).load(ROW), 1)
+        if HAS_RIGHT:
+            last = gl.expand_dims(limits_smem.index(1).load(ROW), 1)
+        visible = is_visible(
+            positions, first, last, first_key, key_end, cp_rank, HAS_LEFT, HAS_RIGHT,
+            CP_WORLD_SIZE, CP_INTERLEAVE,
+        )  # fmt: skip
+        scores = gl.where(visible, scores, MASKED)
+    new_max = gl.maximum(base_max, gl.max(scores, 1))
+    max_smem.store(new_max)
+    weights = gl.exp2(scores - gl.expand_dims(new_max, 1))
+    return weights, new_max, gl.sum(weights, 1)
+
+
+@gluon.jit
+def score_left(q_v, v_tile, scores, D_HALF: gl.constexpr, USE_ACC: gl.constexpr):
+    """Start the products of the left half of the latent."""
+    keys = v_tile.slice(0, D_HALF, dim=1).permute((1, 0))
+    return warpgroup_mma(q_v.slice(0, D_HALF, dim=1), keys, scores, use_acc=USE_ACC, is_async=True)
+
+
+@gluon.jit
+def score_right(q_v, v_tile, scores, D_HALF: gl.constexpr, USE_ACC: gl.constexpr):
+    """Start the products of the right half of the latent."""
+    keys = v_tile.slice(D_HALF, D_HALF, dim=1).permute((1, 0))
+    return warpgroup_mma(q_v.slice(D_HALF, D_HALF, dim=1), keys, scores, use_acc=USE_ACC, is_async=True)
+
+
+@gluon.jit
+def finish(
+    acc, row_max, row_sum, other_sum, whole, q_start, first_row, num_rows, kv_head, first_line, sinks, out,
+    lse, partial, first_dim, zero, GROUP_SIZE: gl.constexpr, D_HALF: gl.constexpr, IS_LEFT: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Normalise one half of a unit's dimensions and write it: to ``out``, or to the partial results."""
+    D_V: gl.constexpr = 2 * D_HALF
+    offs_m = zero + gl.arange(0, ROWS, ROW)
+    rows = first_row + offs_m
+    row_mask = rows < num_rows
+    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    token = (q_start + rows // GROUP_SIZE).to(gl.int64)
+    row_sum += other_sum
+    some = row_sum > 0  # a row without keys stays empty, whatever its sink
+    anchor = row_max
+    if sinks[0] is not None:
+        sink = gl.load(sinks[0] + head * sinks[1], mask=row_mask, other=0.0).to(gl.float32)
+        sink = gl.where(whole, sink * LOG2_E, MASKED)  # else the combine kernel adds it
+        anchor = gl.maximum(row_max, sink)
+        row_sum = row_sum * gl.exp2(row_max - anchor) + gl.exp2(sink - anchor)
+    row_sum = gl.where(some, row_sum, 1.0)
+    inverse = gl.where(some, gl.exp2(row_max - anchor) / row_sum, 0.0)
+    if IS_LEFT:
+        row_lse = gl.where(some, anchor + gl.log2(row_sum), float("-inf"))
+        if whole:
+            if lse[0] is not None:
+                gl.store(lse[0] + head.to(gl.int64) * lse[1] + token, row_lse * LN_2, mask=row_mask)
+        else:
+            gl.store(partial[0] + partial[1].to(gl.int64) * D_V + first_line + offs_m, row_lse)
+    result = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, LAYOUT)), 1)
+    acc_dims = first_dim + zero + gl.arange(0, D_HALF, gl.SliceLayout(0, LAYOUT))
+    acc_m = zero + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    acc_rows = first_row + acc_m
+    if whole:
+        out_head = (kv_head * GROUP_SIZE + acc_rows % GROUP_SIZE).to(gl.int64)
+        out_token = (q_start + acc_rows // GROUP_SIZE).to(gl.int64)
+        offsets = acc_dims.to(gl.int64) * out[3]
+        ptrs = out[0] + (
+            gl.expand_dims(out_token * out[1] + out_head * out[2], 1) + gl.expand_dims(offsets, 0)
+        )
+        gl.store(ptrs, result.to(out[0].dtype.element_ty), mask=gl.expand_dims(acc_rows < num_rows, 1))
+    else:
+        piece_ptr = partial[0] + first_line * D_V
+        gl.store(piece_ptr + (gl.expand_dims(acc_m, 1) + gl.expand_dims(acc_dims * ROWS, 0)), result)
+
+
+@gluon.jit
+def consume_left(
+    q_v_smem, q_k_smem, v_smem, k_smem, limits_smem, max0_smem, max1_smem, own_sum_smem, other_sum_smem,
+    full, empty, q_ready, max0_ready, max1_ready, p0_ready, p1_ready, own_done, other_done,
+    walk, lengths, q_v_ptr, q_v, sinks, out, lse, partial,
+    softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
+    D_HALF: gl.constexpr, Q_VECTOR: gl.constexpr, GROUP_SIZE: gl.constexpr,
+    SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
+):  # fmt: skip
+    """The warpgroup of the even tiles and of the left half of the output.
+
+    ``zero`` is 0, which the compiler does not know: see ``mla_narrow_sm90.consume``.
+    """
+    SHARDED: gl.constexpr = CP_WORLD_SIZE > 1
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_HALF, 16])
+    ACC_ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    dtype: gl.constexpr = v_smem.dtype
+    part = gl.program_id(2)
+    seq, unit, step, end_seq, end_unit, end_step = part_range(part, walk, SCHEDULED)
+    first_seq = seq
+    first_unit = unit
+    pairs = 0
+    turn = 0  # units
+    while is_before(seq, unit, step, end_seq, end_unit, end_step):
+        q_start, num_tokens, length, total, units, first_row, step, stop_step, whole, exists = unit_share(
+            seq, unit, step, end_seq, end_unit, end_step, walk, lengths, gl.program_id(0),
+            GROUP_SIZE, ROWS, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
+        )  # fmt: skip
+        if exists:
+            first_key, key_begin, key_end = share_keys(
+                unit, step, stop_step, num_tokens, length, total, walk,
+                GROUP_SIZE, HAS_LEFT, HAS_RIGHT, SHARDED,
+            )  # fmt: skip
+            num_rows = num_tokens * GROUP_SIZE
+            bring_queries(
+                q_v_smem.index(0).slice(0, D_HALF, dim=1), q_v_ptr, q_v, q_start, first_row, num_rows,
+                kv_head, GROUP_SIZE, ROWS, D_HALF, Q_VECTOR,
+            )  # fmt: skip
+            fence_async_shared()
+            mbarrier.arrive(q_ready, count=1)
+            all_begin, all_end = seen_by_all(
+                first_row, num_rows, num_tokens, total, first_key, key_end, walk,
+                GROUP_SIZE, ROWS, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+            keep_limits(limits_smem, first_row, total - num_tokens, walk, GROUP_SIZE, HAS_LEFT, HAS_RIGHT)
+            acc = gl.zeros([ROWS, D_HALF], gl.float32, ACC)
+            row_sum = gl.zeros([ROWS], gl.float32, ROW)
+            row_max = gl.full([ROWS], NOTHING, gl.float32, ROW)
+            mbarrier.wait(q_ready, turn & 1)
+            zero = pairs >> 30
+            v_tile = v_smem.index(zero)
+            scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
+            mbarrier.wait(full[LEFT0], pairs & 1)
+            fence_async_shared()
+            scores = score_left(q_v_smem.index(zero), v_tile, scores, D_HALF, False)
+            mbarrier.wait(full[RIGHT0], pairs & 1)
+            fence_async_shared()
+            scores = score_right(q_v_smem.index(zero), v_tile, scores, D_HALF, True)
+            rope = k_smem.index(zero).permute((1, 0))
+            scores = warpgroup_mma(q_k_smem.index(zero), rope, scores, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            num_pairs = tl.maximum((key_end - key_begin + 2 * TILE - 1) // (2 * TILE), 1)
+            for i in range(num_pairs):
+                phase = pairs & 1
+                zero = pairs >> 30
+                v_tile0 = v_smem.index(zero)
+                v_tile1 = v_smem.index(1 + zero)
+                p0_smem = k_smem.index(zero)
+                p1_smem = k_smem.index(1 + zero)
+                weights, max0, sums = weights_of(
+                    scores, row_max, max0_smem, limits_smem, key_begin + i * 2 * TILE, all_begin, all_end,
+                    first_key, key_end, softmax_scale, softcap, cp_rank, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                    CP_WORLD_SIZE, CP_INTERLEAVE,
+                )  # fmt: skip
+                mbarrier.arrive(max0_ready, count=1)
+                shrink = gl.exp2(row_max - max0)
+                row_sum = row_sum * shrink + sums
+                acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                own = gl.convert_layout(weights.to(dtype), WEIGHTS)
+                acc = warpgroup_mma(own, v_tile0.slice(0, D_HALF, dim=1), acc, is_async=True)
+                acc, own = warpgroup_mma_wait(0, deps=[acc, own])
+                mbarrier.arrive(empty[LEFT0], count=1)
+                mbarrier.wait(max1_ready, phase)
+                row_max = max1_smem.load(ROW)
+                shrink = gl.exp2(max0 - row_max)
+                p0_smem.store((weights * gl.expand_dims(shrink, 1)).to(dtype))
+                fence_async_shared()
+                mbarrier.arrive(p0_ready, count=1)
+                row_sum = row_sum * shrink
+                acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                mbarrier.wait(p1_ready, phase)
+                # A name of its own: it is on its way over the ends of both branches.
+                flying = warpgroup_mma(p1_smem, v_tile1.slice(0, D_HALF, dim=1), acc, is_async=True)
+                pairs += 1
+                if i + 1 < num_pairs:
+                    scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
+                    mbarrier.wait(full[LEFT0], phase ^ 1)
+                    fence_async_shared()
+                    scores = score_left(q_v_smem.index(zero), v_tile0, scores, D_HALF, False)
+                    acc = warpgroup_mma_wait(1, deps=[flying])
+                    mbarrier.arrive(empty[LEFT1], count=1)
+                    mbarrier.wait(full[RIGHT0], phase ^ 1)
+                    fence_async_shared()
+                    scores = score_right(q_v_smem.index(zero), v_tile0, scores, D_HALF, True)
+                    rope = p0_smem.permute((1, 0))
+                    scores = warpgroup_mma(q_k_smem.index(zero), rope, scores, is_async=True)
+                    scores = warpgroup_mma_wait(0, deps=[scores])
+                else:
+                    acc = warpgroup_mma_wait(0, deps=[flying])
+                    mbarrier.arrive(empty[LEFT1], count=1)
+            own_sum_smem.store(row_sum)
+            mbarrier.arrive(own_done, count=1)
+            mbarrier.wait(other_done, turn & 1)
+            first_line = partial_line(
+                seq, unit, first_seq, first_unit, part, kv_head, num_kv_heads, walk[5], gl.program_id(0),
+                ROWS, SCHEDULED,
+            )  # fmt: skip
+            finish(
+                acc, row_max, row_sum, other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head,
+                first_line, sinks, out, lse, partial, 0, pairs >> 30, GROUP_SIZE, D_HALF, True, ACC,
+            )  # fmt: skip
+            turn += 1
+        seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
+
+
+@gluon.jit
+def consume_right(
+    q_v_smem, q_k_smem, v_smem, k_smem, limits_smem, max0_smem, max1_smem, own_sum_smem, other_sum_smem,
+    full, empty, q_ready, max0_ready, max1_ready, p0_ready, p1_ready, own_done, other_done,
+    walk, lengths, q_v_ptr, q_v, q_k_ptr, q_k, sinks, out, lse, partial,
+    softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
+    D_HALF: gl.constexpr, D_K: gl.constexpr, Q_VECTOR: gl.constexpr, GROUP_SIZE: gl.constexpr,
+    SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
+):  # fmt: skip
+    """The warpgroup of the odd tiles and of the right half of the output."""
+    SHARDED: gl.constexpr = CP_WORLD_SIZE > 1
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_HALF, 16])
+    ACC_ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    dtype: gl.constexpr = v_smem.dtype
+    part = gl.program_id(2)
+    seq, unit, step, end_seq, end_unit, end_step = part_range(part, walk, SCHEDULED)
+    first_seq = seq
+    first_unit = unit
+    pairs = 0
+    turn = 0  # units
+    while is_before(seq, unit, step, end_seq, end_unit, end_step):
+        q_start, num_tokens, length, total, units, first_row, step, stop_step, whole, exists = unit_share(
+            seq, unit, step, end_seq, end_unit, end_step, walk, lengths, gl.program_id(0),
+            GROUP_SIZE, ROWS, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
+        )  # fmt: skip
+        if exists:
+            first_key, key_begin, key_end = share_keys(
+                unit, step, stop_step, num_tokens, length, total, walk,
+                GROUP_SIZE, HAS_LEFT, HAS_RIGHT, SHARDED,
+            )  # fmt: skip
+            num_rows = num_tokens * GROUP_SIZE
+            bring_queries(
+                q_v_smem.index(0).slice(D_HALF, D_HALF, dim=1), q_v_ptr + D_HALF, q_v, q_start, first_row,
+                num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF, Q_VECTOR,
+            )  # fmt: skip
+            bring_queries(
+                q_k_smem.index(0), q_k_ptr, q_k, q_start, first_row, num_rows, kv_head,
+                GROUP_SIZE, ROWS, D_K, Q_VECTOR,
+            )  # fmt: skip
+            fence_async_shared()
+            mbarrier.arrive(q_ready, count=1)
+            all_begin, all_end = seen_by_all(
+                first_row, num_rows, num_tokens, total, first_key, key_end, walk,
+                GROUP_SIZE, ROWS, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+            keep_limits(limits_smem, first_row, total - num_tokens, walk, GROUP_SIZE, HAS_LEFT, HAS_RIGHT)
+            acc = gl.zeros([ROWS, D_HALF], gl.float32, ACC)
+            row_sum = gl.zeros([ROWS], gl.float32, ROW)
+            row_max = gl.full([ROWS], NOTHING, gl.float32, ROW)
+            mbarrier.wait(q_ready, turn & 1)
+            num_pairs = tl.maximum((key_end - key_begin + 2 * TILE - 1) // (2 * TILE), 1)
+            for i in range(num_pairs):
+                phase = pairs & 1
+                zero = pairs >> 30
+                v_tile0 = v_smem.index(zero)
+                v_tile1 = v_smem.index(1 + zero)
+                p0_smem = k_smem.index(zero)
+                p1_smem = k_smem.index(1 + zero)
+                scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
+                mbarrier.wait(full[RIGHT1], phase)
+                fence_async_shared()
+                scores = score_right(q_v_smem.index(zero), v_tile1, scores, D_HALF, False)
+                mbarrier.wait(full[LEFT1], phase)
+                fence_async_shared()
+                scores = score_left(q_v_smem.index(zero), v_tile1, scores, D_HALF, True)
+                scores = warpgroup_mma(q_k_smem.index(zero), p1_smem.permute((1, 0)), scores, is_async=True)
+                scores = warpgroup_mma_wait(0, deps=[scores])
+                mbarrier.wait(max0_ready, phase)
+                max0 = max0_smem.load(ROW)
+                weights, max1, sums = weights_of(
+                    scores, max0, max1_smem, limits_smem, key_begin + (i * 2 + 1) * TILE, all_begin, all_end,
+                    first_key, key_end, softmax_scale, softcap, cp_rank, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                    CP_WORLD_SIZE, CP_INTERLEAVE,
+                )  # fmt: skip
+                mbarrier.arrive(max1_ready, count=1)
+                shrink = gl.exp2(row_max - max1)
+                row_max = max1
+                row_sum = row_sum * shrink + sums
+                acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                rounded = weights.to(dtype)
+                own = gl.convert_layout(rounded, WEIGHTS)
+                acc = warpgroup_mma(own, v_tile1.slice(D_HALF, D_HALF, dim=1), acc, is_async=True)
+                p1_smem.store(rounded)
+                fence_async_shared()
+                mbarrier.arrive(p1_ready, count=1)
+                mbarrier.wait(p0_ready, phase)
+                acc = warpgroup_mma(p0_smem, v_tile0.slice(D_HALF, D_HALF, dim=1), acc, is_async=True)
+                acc, own = warpgroup_mma_wait(1, deps=[acc, own])
+                mbarrier.arrive(empty[RIGHT1], count=1)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(empty[RIGHT0], count=1)
+                pairs += 1
+            own_sum_smem.store(row_sum)
+            mbarrier.arrive(own_done, count=1)
+            mbarrier.wait(other_done, turn & 1)
+            first_line = partial_line(
+                seq, unit, first_seq, first_unit, part, kv_head, num_kv_heads, walk[5], gl.program_id(0),
+                ROWS, SCHEDULED,
+            )  # fmt: skip
+            finish(
+                acc, row_max, row_sum, other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head,
+                first_line, sinks, out, lse, partial, D_HALF, pairs >> 30, GROUP_SIZE, D_HALF, False, ACC,
+            )  # fmt: skip
+            turn += 1
+        seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
+
+
+@gluon.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=UNALIGNED)
+def mla_wide_kernel(
+    q_ptr, stride_q_token, stride_q_head,
+    q_v_ptr, stride_q_v_token, stride_q_v_head,
+    k_ptr, stride_k_page, stride_k_block, stride_k_token, stride_k_head,
+    v_ptr, stride_v_page, stride_v_block, stride_v_token, stride_v_head,
+    block_table_ptr, stride_table_seq, stride_table_block,
+    cu_seqlens_q_ptr, stride_cu_q,
+    cu_seqlens_k_ptr, stride_cu_k,
+    seqused_k_ptr, stride_seqused,
+    cp_tot_ptr, stride_cp_tot,
+    sinks_ptr, stride_sinks,
+    metadata_ptr,
+    out_ptr, stride_out_token, stride_out_head, stride_out_dim,
+    lse_ptr, stride_lse_head,
+    partial_ptr, partial_lines,
+    softmax_scale: gl.float32, softcap: gl.float32,
+    batch, window_left, window_right, cp_rank,
+    units_per_seq, splits_per_unit, steps_per_split, rows_per_unit,
+    GROUP_SIZE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr,  # BLOCK_SIZE 0: no block table
+    D_V: gl.constexpr, D_K: gl.constexpr,  # of the latent, of the rope piece
+    K_AT: gl.constexpr,  # where the rope piece begins in K's row
+    V_AT: gl.constexpr,  # where V does; -1: its queries are q_v
+    VECTOR: gl.constexpr, Q_VECTOR: gl.constexpr,  # elements that every row of the cache, of q is aligned to
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
+    SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,  # the producer's are what is left
+):  # fmt: skip
+    """Attention of the rows of each unit over its keys, for one part.
+
+    Grid: ``(row tiles of a unit, num_kv_heads, parts)``, four warps. Parts and partial results are as those
+    of ``decode_kernel``: ``[slots, num_kv_heads, row tiles, D_V, ROWS]``, then the lse.
+    """
+    gdc_launch_dependents()
+    WARPS: gl.constexpr = 4  # of the producer
+    SHARDED: gl.constexpr = CP_WORLD_SIZE > 1
+    D_HALF: gl.constexpr = D_V // 2
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    LATENT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D_V], dtype)
+    ROPE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D_K], dtype)
+    q_v_smem = gl.allocate_shared_memory(dtype, [1, ROWS, D_V], LATENT)
+    q_k_smem = gl.allocate_shared_memory(dtype, [1, ROWS, D_K], ROPE)
+    v_smem = gl.allocate_shared_memory(dtype, [2, TILE, D_V], LATENT)
+    k_smem = gl.allocate_shared_memory(dtype, [2, TILE, D_K], ROPE)
+    limits0_smem = gl.allocate_shared_memory(gl.int32, [2, ROWS], PLAIN)
+    limits1_smem = gl.allocate_shared_memory(gl.int32, [2, ROWS], PLAIN)
+    max0_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
+    max1_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
+    sum0_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
+    sum1_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
+    full = (barrier(32 * WARPS), barrier(32 * WARPS), barrier(32 * WARPS), barrier(32 * WARPS))
+    empty = (barrier(1), barrier(1), barrier(1), barrier(1))
+    q_ready = barrier(2)
+    max0_ready = barrier(1)
+    max1_ready = barrier(1)
+    p0_ready = barrier(1)
+    p1_ready = barrier(1)
+    done0 = barrier(1)
+    done1 = barrier(1)
+
+    kv_head = gl.program_id(1)
+    latent_ptr = q_v_ptr
+    latent = (stride_q_v_token, stride_q_v_head)
+    if V_AT >= 0:
+        latent_ptr = q_ptr + V_AT
+        latent = (stride_q_token, stride_q_head)
+    rope = (stride_q_token, stride_q_head)
+    # A base off 16 bytes: Triton knows nothing of it unless it is told.
+    BYTES: gl.constexpr = VECTOR * dtype.primitive_bitwidth // 8
+    k_base = gl.multiple_of(k_ptr + (kv_head.to(gl.int64) * stride_k_head + K_AT), BYTES)
+    v_base = gl.multiple_of(v_ptr + kv_head.to(gl.int64) * stride_v_head, BYTES)
+    k = (stride_k_page, stride_k_block, stride_k_token)
+    v = (stride_v_page, stride_v_block, stride_v_token)
+    table = (block_table_ptr, stride_table_seq, stride_table_block)
+    walk = (
+        metadata_ptr, batch, units_per_seq, splits_per_unit, steps_per_split, rows_per_unit,
+        window_left, window_right,
+    )  # fmt: skip
+    lengths = (
+        cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr, stride_seqused,
+        cp_tot_ptr, stride_cp_tot,
+    )  # fmt: skip
+    sinks = (sinks_ptr, stride_sinks)
+    out = (out_ptr, stride_out_token, stride_out_head, stride_out_dim)
+    lse = (lse_ptr, stride_lse_head)
+    partial = (partial_ptr, partial_lines)
+    if SCHEDULED:
+        if is_foreign(metadata_ptr, rows_per_unit, batch):
+            fill_nan(
+                out, lse, cu_seqlens_q_ptr, stride_cu_q, batch, kv_head, gl.program_id(2), gl.num_programs(2),
+                GROUP_SIZE, D_V,
+            )  # fmt: skip
+    # The left warpgroup has scores under way beside its accumulator, and needs a little more.
+    gl.warp_specialize([
+        (produce, (
+            v_smem, k_smem, full, empty, walk, lengths, k_base, k, v_base, v, table,
+            D_HALF, D_K, VECTOR, WARPS, BLOCK_SIZE, BLOCKS_PER_PAGE, V_AT >= 0,
+            GROUP_SIZE, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
+        )),
+        (consume_left, (
+            q_v_smem, q_k_smem, v_smem, k_smem, limits0_smem, max0_smem, max1_smem, sum0_smem, sum1_smem,
+            full, empty, q_ready, max0_ready, max1_ready, p0_ready, p1_ready, done0, done1,
+            walk, lengths, latent_ptr, latent, sinks, out, lse, partial,
+            softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
+            D_HALF, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE,
+        )),
+        (consume_right, (
+            q_v_smem, q_k_smem, v_smem, k_smem, limits1_smem, max0_smem, max1_smem, sum1_smem, sum0_smem,
+            full, empty, q_ready, max0_ready, max1_ready, p0_ready, p1_ready, done1, done0,
+            walk, lengths, latent_ptr, latent, q_ptr + K_AT, rope, sinks, out, lse, partial,
+            softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
+            D_HALF, D_K, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE,
+        )),
+    ], [4, 4], [CONSUMER_REGISTERS + 8, CONSUMER_REGISTERS - 8])  # fmt: skip
