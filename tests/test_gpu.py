@@ -244,7 +244,7 @@ def loads_of(metadata: Tensor, lengths: Sequence[int]) -> list[int]:
     """Steps of each part of a schedule of one unit a sequence."""
     steps = [max(1, -(-length // STEP)) for length in lengths]
     before = [0, *itertools.accumulate(steps)]
-    rows = metadata.view(-1, 8)[1:].tolist()
+    rows = metadata.view(-1, 16)[1:].tolist()
     return [before[row[3]] + row[5] - before[row[0]] - row[2] for row in rows]
 
 

@@ -215,8 +215,8 @@ SHAPES = {
     "h128-features": Shape("deepseek-v3-h128", "M1", {"window": (200, 0), "softcap": 30.0, "sinks": True}),
 }
 WIDE = tuple(name for name in SHAPES if name.startswith(("h64", "h128")))
-# Where not even the ends of a unit spill: one query token, as most steps have.
-CLEAN = ("h16", "h8", "q_v", "block-1", "splits", "float16", "h64", "h128")
+# Where nothing spills at all, not even at the ends of a unit or in the producer.
+CLEAN = ("h16", "h8", "q_v", "block-1", "splits", "float16")
 # The ptxas of Triton 3.9 keeps a few addresses on the stack in the loops, too, where those before it do not.
 ALLOWED = 4 if int(triton.__version__.split(".")[1]) >= 9 else 0
 
@@ -425,7 +425,8 @@ def test_operator_passes_opcheck(name: str) -> None:
     case = find_case(name)
     inputs = make_inputs(case, find_layout({"row": "M2", "q_v": "M7"}[case.form]), DEVICE, guard=False)
     with OperatorArguments() as seen:  # type: ignore[no-untyped-call]
-        attend(inputs, "hopper")
+        # Not by name: opcheck copies K and V apart, and then they are no longer one row.
+        attend(inputs, None)
     torch.library.opcheck(torch.ops.anystride.attention.default, seen.args)
 
 

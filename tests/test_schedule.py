@@ -73,7 +73,7 @@ class Schedule:
     """What the metadata says, and what the model says of the same step."""
 
     def __init__(self, step: Step) -> None:
-        words = step.metadata().view(-1, 8).tolist()
+        words = step.metadata().view(-1, 16).tolist()
         self.step, self.header, self.parts = step, words[0], words[1:]
         self.rows_per_unit = self.header[1]
         self.units = [
@@ -113,7 +113,7 @@ def check(step: Step) -> Schedule:
     cells = schedule.cells()
     total, num_parts = len(cells), len(schedule.parts)
     used = max(1, min(total // (work.OVERHEAD_STEPS + 1), num_parts))
-    assert schedule.header == [0x5CED, schedule.rows_per_unit, len(step.lengths), used, 0, 0, 0, 0]
+    assert schedule.header == [0x5CED, schedule.rows_per_unit, len(step.lengths), used, *[0] * 12]
 
     shares = [cells[p * total // used : (p + 1) * total // used] for p in range(used)]
     expected = [[cell for cell in share if cell[2] is not None] for share in shares]
@@ -132,6 +132,8 @@ def check(step: Step) -> Schedule:
         sharers = holders.get(end_unit, []) if part[5] > 0 else []
         assert part[6] == (len(sharers) if sharers[:1] == [p] else 0)
         assert part[7] == (part[:2] == part[3:5])
+        seq = part[0]
+        assert part[8:11] == [sum(step.q_lens[:seq]), step.q_lens[seq], step.lengths[seq]]
     for parts in holders.values():
         assert parts == list(range(parts[0], parts[-1] + 1))  # the combine kernel counts on neighbours
         if len(parts) > 1:

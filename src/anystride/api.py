@@ -262,7 +262,7 @@ def get_scheduler_metadata(
         sm_margin: Processors to leave free.
 
     Returns:
-        int32 ``[8 * (parts + 1)]`` on the device of ``cache_seqlens``; its length depends on shapes only. On
+        int32 ``[16 * (parts + 1)]`` on the device of ``cache_seqlens``; its length depends on shapes only. On
         a CPU, where nothing is scheduled, a header of zeros.
 
     Raises:

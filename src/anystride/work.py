@@ -20,7 +20,7 @@ from anystride.problem import Call, Problem, bucket
 STEP = KEYS_PER_STEP.value
 FIXED_SPLIT_STEPS = 32  # batch_invariant: 2048 keys a split, enough splits for one long sequence
 OVERHEAD_STEPS = 2  # what starting and finishing a unit costs, in steps of 64 keys
-COMBINE_ROWS = 16  # rows of a tile of the combine kernel: 64 bytes of each dimension's line
+COMBINE_VALUES = 8192  # partial results that a program of the combine kernel holds at most: 32 registers
 WIDE_ROWS = 64  # rows of a tile of a long query
 
 
@@ -125,14 +125,13 @@ def is_windowed(problem: Problem) -> bool:
     return problem.window_left >= 0 and problem.window_right >= 0 and problem.cp_world_size == 1
 
 
-def split_work(problem: Problem, target: Target, programs: int, tile_m: int) -> Split:
+def split_work(problem: Problem, target: Target, programs: int) -> Split:
     """Cut the work of a problem.
 
     Args:
         problem: Its facts.
         target: The device.
         programs: Programs of the decode kernel that run at once.
-        tile_m: Rows of a tile of the partial results: those of ``cut_rows``, or fewer.
     """
     rows = cut_rows(problem, target)
     scheduled = problem.num_splits == 0 and not problem.batch_invariant
@@ -150,19 +149,19 @@ def split_work(problem: Problem, target: Target, programs: int, tile_m: int) -> 
     if scheduled and not problem.metadata_words:
         scratch.append((((parts + 1) * WORDS_PER_PART,), torch.int32))
 
-    row_groups = -(-min(rows.unit, problem.group_size * problem.max_seqlen_q) // COMBINE_ROWS)
+    lines_of_unit = min(rows.unit, problem.group_size * problem.max_seqlen_q)
     if scheduled:
         # From the bucket of the batch and not from the longest sequence: neither may compile anew.
         # A unit that spans several parts has a share in each, and most have one at either end.
         full = full_parts(problem, rows, programs)
         most_units = bucket(problem.batch) * rows.units
-        by_unit = most_units <= full
-        groups = row_groups * problem.num_kv_heads * min(most_units, full)
-        shares = -(-full // most_units) + 1
-        combine_splits, combine_d = combine_tiles(shares, groups, problem.d_v, target.processors)
+        by_unit = 2 * most_units <= full
+        shared = lines_of_unit * problem.num_kv_heads * min(most_units, full)
+        tile = combine_tile(-(-full // most_units) + 1, shared, lines_of_unit, problem.d_v, target.processors)
     else:
         # Nothing of the batch: under batch_invariant its sums must not change with it.
-        by_unit, combine_splits, combine_d = True, 16, 16
+        by_unit, tile = True, (8, 1, min(512, bucket(problem.d_v)))
+    tile_splits, tile_m, tile_d = tile
     places = problem.batch * rows.units if by_unit else parts
     constants = {
         "GROUP_SIZE": problem.group_size,
@@ -173,26 +172,31 @@ def split_work(problem: Problem, target: Target, programs: int, tile_m: int) -> 
         "FIXED_SPLITS": fixed > 0,
         "OVERLAP": overlaps(target),
         "NARROW": scheduled and lines * (problem.d_v + 1) < 1 << 31,
-        "DECODE_M": tile_m,
         "TILE_SEQ": schedule_tile(problem),
-        "TILE_SPLITS": combine_splits,
-        "TILE_M": COMBINE_ROWS,
-        "TILE_D": combine_d,
+        "TILE_SPLITS": tile_splits,
+        "TILE_M": tile_m,
+        "TILE_D": tile_d,
     }
-    grid = (row_groups * -(-problem.d_v // combine_d), problem.num_kv_heads, places)
+    grid = (-(-lines_of_unit // tile_m) * -(-problem.d_v // tile_d), problem.num_kv_heads, places)
     return Split(rows, parts, scheduled, splits, fixed, lines, constants, grid, tuple(scratch))
 
 
-def combine_tiles(shares: int, groups: int, d_v: int, processors: int) -> tuple[int, int]:
-    """Shares and dimensions that a program of the combine kernel reads at once.
+def combine_tile(
+    shares: int, shared: int, lines_of_unit: int, d_v: int, processors: int
+) -> tuple[int, int, int]:
+    """Shares, lines and dimensions that a program of the combine kernel takes at once.
 
-    Its rows are ``COMBINE_ROWS``; there are ``groups`` programs for each slice of ``d_v``. Slices are as wide
-    as two programs a processor allow; the rest of what registers hold goes to shares.
+    Args:
+        shares: Of a unit, about.
+        shared: Lines of results of all units that may be cut.
+        lines_of_unit: Of one.
+        d_v: Dimensions of a line.
+        processors: A program for each and one more: then all of them have something to wait for.
     """
-    slices = bucket(2 * processors // groups)
-    d = min(512, max(4, bucket(d_v) // slices))
-    elements = 4096 if shares <= 64 else 8192
-    return min(bucket(shares), max(1, elements // (COMBINE_ROWS * d))), d
+    results = min(1024, max(32, bucket(shared * d_v // (2 * processors))))
+    d = min(bucket(d_v), 512, results)
+    m = min(results // d, bucket(lines_of_unit))
+    return min(bucket(shares), COMBINE_VALUES // (m * d)), m, d
 
 
 def overlaps(target: Target) -> bool:
@@ -269,7 +273,7 @@ def schedule(split: Split, call: Call) -> Pointer | None:
 
 
 def schedule_launch(problem: Problem, rows: Rows, call: Call, parts: int) -> Launch:
-    """The schedule kernel, which fills ``schedule``, int32 ``[8 * (parts + 1)]``, from the lengths."""
+    """The schedule kernel, which fills ``schedule``, int32 ``[16 * (parts + 1)]``, from the lengths."""
     arguments = (
         *lengths(call), Pointer("schedule"), problem.batch, parts, problem.group_size, rows.unit,
         problem.window_left, problem.window_right, OVERHEAD_STEPS,
@@ -285,7 +289,10 @@ def combine_launch(problem: Problem, split: Split, call: Call) -> Launch:
         *results(problem, call), problem.batch, problem.window_left, problem.window_right, *shares(split),
         problem.num_kv_heads, OVERHEAD_STEPS,
     )  # fmt: skip
-    options: dict[str, Any] = {"num_warps": 8}
+    values = 1
+    for name in ("TILE_SPLITS", "TILE_M", "TILE_D"):
+        values *= split.combine_constants[name]
+    options: dict[str, Any] = {"num_warps": 8 if 2 * values > COMBINE_VALUES else 4}
     if split.combine_constants["OVERLAP"]:
         options["launch_pdl"] = True
     return Launch(combine_kernel, split.combine_grid, arguments, split.combine_constants, options)

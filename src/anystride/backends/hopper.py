@@ -184,7 +184,7 @@ def config_for(problem: Problem, target: Target) -> Config:
     """The configuration for any target of this architecture: a pure function."""
     p = problem
     tiles = choose_tiles(p)
-    split = split_work(p, target, programs(p, target), tiles.m)
+    split = split_work(p, target, programs(p, target))
     v_at = p.relation.offset if p.relation.kind == "v_in_k" else -1
     constants = {
         "GROUP_SIZE": p.group_size,

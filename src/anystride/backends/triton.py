@@ -167,7 +167,7 @@ def programs(problem: Problem, target: Target) -> int:
 def config_for(problem: Problem, target: Target) -> Config:
     """The configuration for any target: a pure function, also for targets that are not here."""
     tiles = choose_tiles(problem, target)
-    split = split_work(problem, target, programs(problem, target), tiles.m)
+    split = split_work(problem, target, programs(problem, target))
     v_in_k = problem.relation.kind == "v_in_k"
     key_dims = problem.d_qk - (problem.d_v if v_in_k else 0)
     k_pieces = pieces(key_dims) if key_dims else (16, 0)

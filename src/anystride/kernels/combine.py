@@ -9,7 +9,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from anystride.kernels.decode import LN_2, LOG2_E
 from anystride.kernels.ranges import nominal_steps, num_units, sequence_facts
-from anystride.kernels.schedule import costs, is_foreign, part_at
+from anystride.kernels.schedule import ROW, costs, is_foreign, part_at
 
 RUNTIME = [
     "stride_out_token", "stride_out_head", "stride_out_dim", "stride_lse_head",
@@ -39,7 +39,6 @@ def combine_kernel(
     SCHEDULED: tl.constexpr, BY_UNIT: tl.constexpr, FIXED_SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched while the decode kernel runs
     NARROW: tl.constexpr,  # the partial results are fewer than 2^31 elements
-    DECODE_M: tl.constexpr,  # rows of a tile of the decode kernel
     TILE_SEQ: tl.constexpr, TILE_SPLITS: tl.constexpr, TILE_M: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """One program: a few rows of one unit, a slice of their dimensions, over all of the unit's splits.
@@ -58,7 +57,7 @@ def combine_kernel(
         if is_foreign(metadata_ptr, rows_per_unit, batch):
             return  # the decode kernel has answered with NaN
     if SCHEDULED and not BY_UNIT:
-        row = metadata_ptr + (index + 1) * 8
+        row = metadata_ptr + (index + 1) * ROW
         num_splits = tl.load(row + 6)
         if num_splits < 2:
             return
@@ -95,7 +94,7 @@ def combine_kernel(
             begin = before + unit.to(tl.int64) * (steps + overhead)
             first_part = part_at(begin, total, used_parts)
             num_splits = part_at(begin + steps - 1, total, used_parts) - first_part + 1
-            row = metadata_ptr + (first_part + 1) * 8
+            row = metadata_ptr + (first_part + 1) * ROW
             begun = (tl.load(row) == seq) & (tl.load(row + 1) == unit)
             later_slot = 2 * first_part
             first_slot = later_slot + 1 - begun.to(tl.int32)
@@ -118,31 +117,29 @@ def combine_kernel(
     row_mask = (rows < num_tokens * GROUP_SIZE) & (in_unit < rows_per_unit)
     dim_mask = dims < DIMS_V
     partial_lse_ptr = partial_ptr + partial_lines.to(tl.int64) * DIMS_V
-    # The decode kernel's tiles lie as [DIMS_V, DECODE_M].
-    in_tiles = (in_unit // DECODE_M) * (DECODE_M * DIMS_V) + in_unit % DECODE_M
-    in_slot = in_tiles[None, :] + dims[:, None] * DECODE_M  # [TILE_D, TILE_M]
     top = tl.full([TILE_M], float("-inf"), tl.float32)
     weight_sum = tl.zeros([TILE_M], tl.float32)
-    acc = tl.zeros([TILE_D, TILE_M], tl.float32)
+    acc = tl.zeros([TILE_M, TILE_D], tl.float32)
     for first in tl.range(0, num_splits, TILE_SPLITS, num_stages=1):
         split = first + tl.arange(0, TILE_SPLITS)  # [TILE_SPLITS]
         slot = tl.where(split == 0, first_slot, later_slot + split * slot_step)
-        line = (slot * num_kv_heads + kv_head) * rows_per_unit
+        first_line = (slot * num_kv_heads + kv_head) * rows_per_unit
         if not NARROW:
-            line = line.to(tl.int64)
-        mask = (split < num_splits)[:, None] & row_mask[None, :]  # [TILE_SPLITS, TILE_M]
-        lse = tl.load(partial_lse_ptr + line[:, None] + in_unit[None, :], mask=mask, other=float("-inf"))
+            first_line = first_line.to(tl.int64)
+        lines = first_line[:, None] + in_unit[None, :]  # [TILE_SPLITS, TILE_M]
+        mask = (split < num_splits)[:, None] & row_mask[None, :]
+        lse = tl.load(partial_lse_ptr + lines, mask=mask, other=float("-inf"))
         # A share without keys wrote zeros: its weight is 0.
         values = tl.load(
-            partial_ptr + line[:, None, None] * DIMS_V + in_slot[None, :, :],
-            mask=mask[:, None, :] & dim_mask[None, :, None],
+            partial_ptr + lines[:, :, None] * DIMS_V + dims[None, None, :],
+            mask=mask[:, :, None] & dim_mask[None, None, :],
             other=0.0,
-        )  # [TILE_SPLITS, TILE_D, TILE_M]
+        )  # [TILE_SPLITS, TILE_M, TILE_D]
         new_top = tl.maximum(top, tl.max(lse, 0))
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
         shrink = tl.exp2(top - anchor)
         weights = tl.exp2(lse - anchor[None, :])
-        acc = acc * shrink[None, :] + tl.sum(values * weights[:, None, :], 0)
+        acc = acc * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
         weight_sum = weight_sum * shrink + tl.sum(weights, 0)
         top = new_top
 
@@ -154,16 +151,16 @@ def combine_kernel(
         anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
         shrink = tl.exp2(top - anchor)
         weight_sum = tl.where(weight_sum > 0, weight_sum * shrink + tl.exp2(sink - anchor), 0.0)
-        acc = acc * shrink[None, :]
+        acc = acc * shrink[:, None]
         top = anchor
     some = weight_sum > 0
     weight_sum = tl.where(some, weight_sum, 1.0)
     inverse = tl.where(some, 1.0 / weight_sum, 0.0)
     q_token = (q_start + token).to(tl.int64)
     out_rows = q_token * stride_out_token + head.to(tl.int64) * stride_out_head
-    mask = row_mask[None, :] & dim_mask[:, None]
-    ptrs = out_ptr + out_rows[None, :] + dims[:, None].to(tl.int64) * stride_out_dim
-    tl.store(ptrs, (acc * inverse[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
+    mask = row_mask[:, None] & dim_mask[None, :]
+    ptrs = out_ptr + out_rows[:, None] + dims[None, :].to(tl.int64) * stride_out_dim
+    tl.store(ptrs, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None and tl.program_id(0) % NUM_SLICES == 0:
         lse = tl.where(some, (top + tl.log2(weight_sum)) * LN_2, float("-inf"))
         tl.store(lse_ptr + head.to(tl.int64) * stride_lse_head + q_token, lse, mask=row_mask)

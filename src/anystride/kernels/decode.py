@@ -200,7 +200,7 @@ def decode_kernel(
     steps, or, if FIXED_SPLITS, ``steps_per_split`` of them.
 
     A unit whose keys all fall to this part is finished here. Else its rows, normalised, go to ``partial_ptr``
-    ``[slots, num_kv_heads, row tiles, DIMS_V, TILE_M]``, behind which come their lse in base 2, for
+    ``[slots, num_kv_heads, rows_per_unit, DIMS_V]``, behind which come their lse in base 2, for
     ``combine_kernel``; a scheduled part has two slots: for its first unit, which it may not begin, and
     its last.
 
@@ -246,8 +246,8 @@ def decode_kernel(
 
     while is_before(seq, unit, step, end_seq, end_unit, end_step):
         q_start, num_tokens, length, total, units, first_row, step, stop_step, whole, exists = unit_share(
-            seq, unit, step, end_seq, end_unit, end_step, walk, lengths, tile_in_unit, GROUP_SIZE, TILE_M,
-            SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
+            seq, unit, step, end_seq, end_unit, end_step, first_seq, part, walk, lengths, tile_in_unit,
+            GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
         )  # fmt: skip
         if exists:
             first_key, key_begin, key_end = share_keys(
@@ -477,14 +477,14 @@ def decode_kernel(
                 lse = tl.where(some, row_max + tl.log2(row_sum), float("-inf"))
                 partial_lse_ptr = partial_ptr + partial_lines.to(tl.int64) * DIMS_V
                 tl.store(partial_lse_ptr + first_line + offs_m, lse)
-                # As the accumulator lies: [d_v, rows]. Rows that are none are written, too: scratch.
-                tile_ptr = partial_ptr + first_line * DIMS_V + offs_m[None, :]
+                # Rows that are none are written, too: scratch.
+                tile_ptr = partial_ptr + first_line * DIMS_V + offs_m[None, :] * DIMS_V
                 mask = (dims_v0 < DIMS_V)[:, None]
-                tl.store(tile_ptr + dims_v0[:, None] * TILE_M, acc0 * inverse[None, :], mask=mask)
+                tl.store(tile_ptr + dims_v0[:, None], acc0 * inverse[None, :], mask=mask)
                 if D_V1 > 0:
                     dims_v1 = D_V0 + tl.arange(0, D_V1)
                     mask = (dims_v1 < DIMS_V)[:, None]
-                    tl.store(tile_ptr + dims_v1[:, None] * TILE_M, acc1 * inverse[None, :], mask=mask)
+                    tl.store(tile_ptr + dims_v1[:, None], acc1 * inverse[None, :], mask=mask)
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
 
 

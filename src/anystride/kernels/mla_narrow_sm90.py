@@ -51,11 +51,13 @@ def produce(
     LANES: gl.constexpr = min(D_K, COLUMNS) // VECTOR
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
     offs_n = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
-    seq, unit, step, end_seq, end_unit, end_step = part_range(gl.program_id(2), walk, SCHEDULED)
+    part = gl.program_id(2)
+    seq, unit, step, end_seq, end_unit, end_step = part_range(part, walk, SCHEDULED)
+    first_seq = seq
     tiles = 0
     while is_before(seq, unit, step, end_seq, end_unit, end_step):
         _start, num_tokens, length, total, units, _row, step, stop_step, _whole, exists = unit_share(
-            seq, unit, step, end_seq, end_unit, end_step, walk, lengths, gl.program_id(0),
+            seq, unit, step, end_seq, end_unit, end_step, first_seq, part, walk, lengths, gl.program_id(0),
             GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
         )  # fmt: skip
         if exists:
@@ -95,7 +97,7 @@ def produce(
 @gluon.jit
 def store_piece(
     acc, inverse, whole, out_ptr, out_rows, stride_out_dim, row_mask, partial_ptr, offs_m,
-    first_dim, D: gl.constexpr, TILE_M: gl.constexpr, LAYOUT: gl.constexpr,
+    first_dim, D: gl.constexpr, D_V: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Write dimensions ``[first_dim, first_dim + D)`` of a result: to ``out``, or to the partial results."""
     dims = first_dim + gl.arange(0, D, gl.SliceLayout(1, LAYOUT))
@@ -105,7 +107,7 @@ def store_piece(
         ptrs = out_ptr + (gl.expand_dims(offsets, 1) + gl.expand_dims(out_rows, 0))
         gl.store(ptrs, result.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(row_mask, 0))
     else:
-        gl.store(partial_ptr + (gl.expand_dims(dims * TILE_M, 1) + gl.expand_dims(offs_m, 0)), result)
+        gl.store(partial_ptr + (gl.expand_dims(dims, 1) + gl.expand_dims(offs_m * D_V, 0)), result)
 
 
 @gluon.jit
@@ -140,7 +142,7 @@ def consume(
     turn = 0  # units
     while is_before(seq, unit, step, end_seq, end_unit, end_step):
         q_start, num_tokens, length, total, units, first_row, step, stop_step, whole, exists = unit_share(
-            seq, unit, step, end_seq, end_unit, end_step, walk, lengths, tile_in_unit,
+            seq, unit, step, end_seq, end_unit, end_step, first_seq, part, walk, lengths, tile_in_unit,
             GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
         )  # fmt: skip
         if exists:
@@ -281,14 +283,14 @@ def consume(
                     mbarrier.arrive(own_done, count=1)
                 store_piece(
                     acc0, inverse, whole, out[0], out_rows, out[3], row_mask, partial_ptr, offs_m,
-                    zero, D_V0, TILE_M, LAYOUT,
+                    zero, D_V0, D_V0 + D_V1, LAYOUT,
                 )  # fmt: skip
             elif D_V1 > 0:
                 acc1 *= gl.expand_dims(own_weight, 0)
                 acc1 += taken.load(LAYOUT) * gl.expand_dims(other_weight, 0)
                 store_piece(
                     acc1, inverse, whole, out[0], out_rows, out[3], row_mask, partial_ptr, offs_m,
-                    D_V0 + zero, D_V1, TILE_M, LAYOUT,
+                    D_V0 + zero, D_V1, D_V0 + D_V1, LAYOUT,
                 )  # fmt: skip
             turn += 1
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
@@ -328,7 +330,7 @@ def mla_narrow_kernel(
     """Attention of the rows of each unit over its keys, for one part.
 
     Grid: ``(row tiles of a unit, num_kv_heads, parts)``, four warps. Parts and partial results are as those
-    of ``decode_kernel``: ``[slots, num_kv_heads, row tiles, D_V, TILE_M]``, then the lse.
+    of ``decode_kernel``: ``[slots, num_kv_heads, rows_per_unit, D_V]``, then the lse.
     """
     gdc_launch_dependents()
     WARPS: gl.constexpr = 4  # of the producer

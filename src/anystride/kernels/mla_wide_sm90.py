@@ -66,11 +66,13 @@ def produce(
     right0 = v_smem.index(0).slice(D_HALF, D_HALF, dim=1)
     left1 = v_smem.index(1).slice(0, D_HALF, dim=1)
     right1 = v_smem.index(1).slice(D_HALF, D_HALF, dim=1)
-    seq, unit, step, end_seq, end_unit, end_step = part_range(gl.program_id(2), walk, SCHEDULED)
+    part = gl.program_id(2)
+    seq, unit, step, end_seq, end_unit, end_step = part_range(part, walk, SCHEDULED)
+    first_seq = seq
     pairs = 0
     while is_before(seq, unit, step, end_seq, end_unit, end_step):
         _start, num_tokens, length, total, units, _row, step, stop_step, _whole, exists = unit_share(
-            seq, unit, step, end_seq, end_unit, end_step, walk, lengths, gl.program_id(0),
+            seq, unit, step, end_seq, end_unit, end_step, first_seq, part, walk, lengths, gl.program_id(0),
             GROUP_SIZE, ROWS, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
         )  # fmt: skip
         if exists:
@@ -217,7 +219,7 @@ def finish(
         gl.store(ptrs, result.to(out[0].dtype.element_ty), mask=gl.expand_dims(acc_rows < num_rows, 1))
     else:
         piece_ptr = partial[0] + first_line * D_V
-        gl.store(piece_ptr + (gl.expand_dims(acc_m, 1) + gl.expand_dims(acc_dims * ROWS, 0)), result)
+        gl.store(piece_ptr + (gl.expand_dims(acc_m * D_V, 1) + gl.expand_dims(acc_dims, 0)), result)
 
 
 @gluon.jit
@@ -248,7 +250,7 @@ def consume_left(
     turn = 0  # units
     while is_before(seq, unit, step, end_seq, end_unit, end_step):
         q_start, num_tokens, length, total, units, first_row, step, stop_step, whole, exists = unit_share(
-            seq, unit, step, end_seq, end_unit, end_step, walk, lengths, gl.program_id(0),
+            seq, unit, step, end_seq, end_unit, end_step, first_seq, part, walk, lengths, gl.program_id(0),
             GROUP_SIZE, ROWS, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
         )  # fmt: skip
         if exists:
@@ -373,7 +375,7 @@ def consume_right(
     turn = 0  # units
     while is_before(seq, unit, step, end_seq, end_unit, end_step):
         q_start, num_tokens, length, total, units, first_row, step, stop_step, whole, exists = unit_share(
-            seq, unit, step, end_seq, end_unit, end_step, walk, lengths, gl.program_id(0),
+            seq, unit, step, end_seq, end_unit, end_step, first_seq, part, walk, lengths, gl.program_id(0),
             GROUP_SIZE, ROWS, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
         )  # fmt: skip
         if exists:
@@ -491,7 +493,7 @@ def mla_wide_kernel(
     """Attention of the rows of each unit over its keys, for one part.
 
     Grid: ``(row tiles of a unit, num_kv_heads, parts)``, four warps. Parts and partial results are as those
-    of ``decode_kernel``: ``[slots, num_kv_heads, row tiles, D_V, ROWS]``, then the lse.
+    of ``decode_kernel``: ``[slots, num_kv_heads, rows_per_unit, D_V]``, then the lse.
     """
     gdc_launch_dependents()
     WARPS: gl.constexpr = 4  # of the producer

@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 
 from anystride.kernels.ranges import KEYS_PER_STEP, nominal_steps, num_units, sequence_facts, unit_keys
-from anystride.kernels.schedule import WORDS_PER_PART, is_foreign
-
-ROW = tl.constexpr(WORDS_PER_PART)
+from anystride.kernels.schedule import ROW, is_foreign
 
 
 @triton.jit
@@ -68,8 +66,30 @@ def next_unit(seq, unit, step, units, SCHEDULED: tl.constexpr):
 
 
 @triton.jit
+def facts_of(seq, first_seq, part, walk, lengths, SCHEDULED: tl.constexpr):
+    """``(first query token, query tokens, keys here, keys over all ranks)`` of a sequence.
+
+    Those of a part's first sequence stand beside where it begins: no need to wait for another line of memory.
+    """
+    if SCHEDULED:
+        if seq == first_seq:
+            row = walk[0] + (part + 1) * ROW
+            q_start = tl.load(row + 8)
+            num_tokens = tl.load(row + 9)
+            length = tl.load(row + 10)
+        else:
+            q_start, num_tokens, length, _total = sequence_facts(seq, *lengths)
+    else:
+        q_start, num_tokens, length, _total = sequence_facts(seq, *lengths)
+    total = length
+    if lengths[6] is not None:
+        total = tl.load(lengths[6] + seq * lengths[7])
+    return q_start, num_tokens, length, total
+
+
+@triton.jit
 def unit_share(
-    seq, unit, step, end_seq, end_unit, end_step, walk, lengths, tile_in_unit,
+    seq, unit, step, end_seq, end_unit, end_step, first_seq, part, walk, lengths, tile_in_unit,
     GROUP_SIZE: tl.constexpr, TILE_M: tl.constexpr, SCHEDULED: tl.constexpr, FIXED_SPLITS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +102,7 @@ def unit_share(
         steps.
     """
     rows_per_unit = walk[5]
-    q_start, num_tokens, length, total = sequence_facts(seq, *lengths)
+    q_start, num_tokens, length, total = facts_of(seq, first_seq, part, walk, lengths, SCHEDULED)
     WINDOWED: tl.constexpr = HAS_LEFT and HAS_RIGHT and not SHARDED
     steps = nominal_steps(num_tokens, length, GROUP_SIZE, rows_per_unit, walk[6], walk[7], WINDOWED)
     units = num_units(num_tokens, GROUP_SIZE, rows_per_unit)

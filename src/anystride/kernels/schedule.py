@@ -5,8 +5,10 @@ starting and finishing it costs, in steps). The axis is cut into equal parts; a 
 so one long sequence spreads over all processors and many short ones share one. The grid and the
 size of the result depend on shapes only.
 
-The result is int32, rows of 8: a header (see ``schedule_kernel``), then one row a part:
-``begin seq, unit, step; end seq, unit, step; parts of the end unit; whether it began in this part``.
+The result is int32, rows of 16: a header (see ``schedule_kernel``), then one row a part:
+``begin seq, unit, step; end seq, unit, step; parts of the end unit; whether it began in this part``, then, so
+that a part need not wait for the lengths to begin, ``first query token, query tokens and keys`` of its first
+sequence. Five words are not used.
 """
 
 import triton
@@ -14,7 +16,8 @@ import triton.language as tl
 
 from anystride.kernels.ranges import nominal_steps, num_units, sequence_facts
 
-WORDS_PER_PART = 8
+WORDS_PER_PART = 16
+ROW = tl.constexpr(WORDS_PER_PART)
 RUNTIME = [
     "stride_cu_q", "stride_cu_k", "stride_seqused", "batch", "num_parts", "group_size",
     "rows_per_unit", "window_left", "window_right", "overhead",
@@ -42,8 +45,7 @@ def schedule_kernel(
     """One program a part: finds where its share of the cost begins and ends.
 
     Grid: ``(num_parts,)``. Reads the lengths twice: once for the total, once to find the two cuts.
-    Header: ``mark, rows_per_unit, batch, used parts, 0, 0, 0, 0``; the decode kernel compares it with its
-    own.
+    Header: ``mark, rows_per_unit, batch, used parts``, zeros; the decode kernel compares it with its own.
     """
     part = tl.program_id(0)
     offs = tl.arange(0, TILE_SEQ)
@@ -105,7 +107,11 @@ def schedule_kernel(
     sharers = part_at(last_step, total, used_parts) - p.to(tl.int32) + 1
     sharers = tl.where(begins_here, sharers, 0)
 
-    row = metadata_ptr + (part + 1) * 8
+    q_start, num_tokens, length, _total = sequence_facts(
+        tl.minimum(begin_seq, batch - 1), cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
+        seqused_k_ptr, stride_seqused, None, 0,
+    )  # fmt: skip
+    row = metadata_ptr + (part + 1) * ROW
     tl.store(row + 0, begin_seq)
     tl.store(row + 1, begin_unit)
     tl.store(row + 2, begin_step)
@@ -114,12 +120,15 @@ def schedule_kernel(
     tl.store(row + 5, end_step)
     tl.store(row + 6, sharers)
     tl.store(row + 7, same_unit.to(tl.int32))
+    tl.store(row + 8, q_start)
+    tl.store(row + 9, num_tokens)
+    tl.store(row + 10, length)
     if part == 0:
         tl.store(metadata_ptr + 0, SCHEDULE_MARK)
         tl.store(metadata_ptr + 1, rows_per_unit)
         tl.store(metadata_ptr + 2, batch)
         tl.store(metadata_ptr + 3, used_parts.to(tl.int32))
-        for word in range(4, 8):
+        for word in range(4, ROW):
             tl.store(metadata_ptr + word, 0)
 
 
