@@ -21,6 +21,9 @@ STEP = KEYS_PER_STEP.value
 FIXED_SPLIT_STEPS = 32  # batch_invariant: 2048 keys a split, enough splits for one long sequence
 OVERHEAD_STEPS = 2  # what starting and finishing a unit costs, in steps of 64 keys
 COMBINE_VALUES = 8192  # partial results that a program of the combine kernel holds at most: 32 registers
+COMBINE_PROGRAMS = (
+    8  # of the combine kernel, a processor: what each finds out about its unit serves many tiles
+)
 WIDE_ROWS = 64  # rows of a tile of a long query
 
 
@@ -100,6 +103,7 @@ class Split:
         steps_per_split: Size of a share when it is fixed (``batch_invariant``), else 0.
         partial_lines: Rows of partial results; their lse come behind them.
         combine_constants: Compile-time arguments of the combine kernel.
+        combine_tiles: Its tiles of a unit.
         combine_grid: Its programs.
         scratch: The partial results, then the schedule if the call brings none.
     """
@@ -111,6 +115,7 @@ class Split:
     steps_per_split: int
     partial_lines: int
     combine_constants: dict[str, Any]
+    combine_tiles: int
     combine_grid: tuple[int, int, int]
     scratch: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
@@ -156,11 +161,12 @@ def split_work(problem: Problem, target: Target, programs: int) -> Split:
         full = full_parts(problem, rows, programs)
         most_units = bucket(problem.batch) * rows.units
         by_unit = 2 * most_units <= full
-        shared = lines_of_unit * problem.num_kv_heads * min(most_units, full)
+        busy = min(most_units, full)
+        shared = lines_of_unit * problem.num_kv_heads * busy
         tile = combine_tile(-(-full // most_units) + 1, shared, lines_of_unit, problem.d_v, target.processors)
     else:
         # Nothing of the batch: under batch_invariant its sums must not change with it.
-        by_unit, tile = True, (8, 1, min(512, bucket(problem.d_v)))
+        by_unit, tile, busy = True, (8, 1, min(512, bucket(problem.d_v))), problem.batch * rows.units
     tile_splits, tile_m, tile_d = tile
     places = problem.batch * rows.units if by_unit else parts
     constants = {
@@ -172,13 +178,16 @@ def split_work(problem: Problem, target: Target, programs: int) -> Split:
         "FIXED_SPLITS": fixed > 0,
         "OVERLAP": overlaps(target),
         "NARROW": scheduled and lines * (problem.d_v + 1) < 1 << 31,
+        **out_constants(problem),
         "TILE_SEQ": schedule_tile(problem),
         "TILE_SPLITS": tile_splits,
         "TILE_M": tile_m,
         "TILE_D": tile_d,
     }
-    grid = (-(-lines_of_unit // tile_m) * -(-problem.d_v // tile_d), problem.num_kv_heads, places)
-    return Split(rows, parts, scheduled, splits, fixed, lines, constants, grid, tuple(scratch))
+    tiles = -(-lines_of_unit // tile_m) * -(-problem.d_v // tile_d)
+    wanted = -(-COMBINE_PROGRAMS * target.processors // (busy * problem.num_kv_heads))
+    grid = (min(tiles, wanted), problem.num_kv_heads, places)
+    return Split(rows, parts, scheduled, splits, fixed, lines, constants, tiles, grid, tuple(scratch))
 
 
 def combine_tile(
@@ -197,6 +206,14 @@ def combine_tile(
     d = min(bucket(d_v), 512, results)
     m = min(results // d, bucket(lines_of_unit))
     return min(bucket(shares), COMBINE_VALUES // (m * d)), m, d
+
+
+def out_constants(problem: Problem) -> dict[str, Any]:
+    """What kernels know of how ``out`` lies: whether dimensions are neighbours, and how rows are aligned."""
+    return {
+        "OUT_UNIT": problem.out_strides[2] == 1 or problem.d_v == 1,
+        "OUT_VECTOR": vector(problem.out_strides[:2], problem.out_align, problem.dtype.itemsize),
+    }
 
 
 def overlaps(target: Target) -> bool:
@@ -287,7 +304,7 @@ def combine_launch(problem: Problem, split: Split, call: Call) -> Launch:
     arguments = (
         Pointer("partial"), split.partial_lines, schedule(split, call), *lengths(call), *sinks(call),
         *results(problem, call), problem.batch, problem.window_left, problem.window_right, *shares(split),
-        problem.num_kv_heads, OVERHEAD_STEPS,
+        problem.num_kv_heads, OVERHEAD_STEPS, split.combine_tiles,
     )  # fmt: skip
     values = 1
     for name in ("TILE_SPLITS", "TILE_M", "TILE_D"):

@@ -31,6 +31,7 @@ from anystride.work import (
     around,
     context_lengths,
     lengths,
+    out_constants,
     results,
     rows_in_tiles,
     schedule,
@@ -202,6 +203,7 @@ def config_for(problem: Problem, target: Target) -> Config:
         "HAS_SOFTCAP": p.softcap > 0,
         "CP_WORLD_SIZE": p.cp_world_size,
         "CP_INTERLEAVE": p.cp_interleave,
+        **out_constants(p),
         "SCHEDULED": split.scheduled,
         "FIXED_SPLITS": split.steps_per_split > 0,
     }

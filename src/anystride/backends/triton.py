@@ -37,6 +37,7 @@ from anystride.work import (
     cut_rows,
     given_parts,
     lengths,
+    out_constants,
     overlaps,
     results,
     schedule,
@@ -192,8 +193,7 @@ def config_for(problem: Problem, target: Target) -> Config:
         and (problem.q_v_strides[2] == 1 or not problem.has_q_v or problem.d_v == 1),
         "K_NARROW": is_narrow(problem.k_strides),
         "V_NARROW": is_narrow(problem.v_strides),
-        "OUT_UNIT": problem.out_strides[2] == 1 or problem.d_v == 1,
-        "OUT_VECTOR": vector(problem.out_strides[:2], problem.out_align, problem.dtype.itemsize),
+        **out_constants(problem),
         "K_VECTOR": vector(problem.k_strides[:4], problem.k_align, problem.k_dtype.itemsize),
         "V_VECTOR": vector(problem.v_strides[:4], problem.v_align, problem.v_dtype.itemsize),
         "Q_VECTOR": min(

@@ -16,7 +16,7 @@ RUNTIME = [
     "stride_cu_q", "stride_cu_k", "stride_seqused", "stride_sinks",
     "batch", "window_left", "window_right", "overhead",
     "units_per_seq", "splits_per_unit", "steps_per_split", "rows_per_unit", "num_kv_heads",
-    "partial_lines",
+    "partial_lines", "num_tiles",
 ]  # fmt: skip
 UNALIGNED = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr", "sinks_ptr", "metadata_ptr"]
 
@@ -32,25 +32,23 @@ def combine_kernel(
     out_ptr, stride_out_token: tl.int64, stride_out_head: tl.int64, stride_out_dim: tl.int64,
     lse_ptr, stride_lse_head: tl.int64,
     batch, window_left, window_right,
-    units_per_seq, splits_per_unit, steps_per_split, rows_per_unit, num_kv_heads, overhead,
+    units_per_seq, splits_per_unit, steps_per_split, rows_per_unit, num_kv_heads, overhead, num_tiles,
     GROUP_SIZE: tl.constexpr,
     DIMS_V: tl.constexpr,
     WINDOWED: tl.constexpr,
     SCHEDULED: tl.constexpr, BY_UNIT: tl.constexpr, FIXED_SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched while the decode kernel runs
     NARROW: tl.constexpr,  # the partial results are fewer than 2^31 elements
+    OUT_UNIT: tl.constexpr, OUT_VECTOR: tl.constexpr,
     TILE_SEQ: tl.constexpr, TILE_SPLITS: tl.constexpr, TILE_M: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: a few rows of one unit, a slice of their dimensions, over all of the unit's splits.
+    """One program: some of the tiles of one unit, over all of the unit's splits.
 
-    Grid: ``(row tiles of a unit x slices of d_v, num_kv_heads, units or parts)``. A scheduled unit is found
-    from the part in which it begins, or, BY_UNIT, which wants few units, from its place on the axis of cost.
-    Units that were not cut end at once. The splits are read in their order, so the bits do not depend
-    on who finished first.
+    A tile is a few rows and a slice of their dimensions. Grid: ``(programs for a unit, num_kv_heads, units or
+    parts)``. A scheduled unit is found from the part in which it begins, or, BY_UNIT, which wants few units,
+    from its place on the axis of cost. Units that were not cut end at once. The splits are read in their
+    order, so the bits do not depend on who finished first.
     """
-    NUM_SLICES: tl.constexpr = (DIMS_V + TILE_D - 1) // TILE_D
-    tile = tl.program_id(0) // NUM_SLICES
-    dims = (tl.program_id(0) % NUM_SLICES) * TILE_D + tl.arange(0, TILE_D)
     kv_head = tl.program_id(1)
     index = tl.program_id(2)
     if SCHEDULED:
@@ -112,55 +110,62 @@ def combine_kernel(
 
     if OVERLAP:
         gdc_wait()  # for the decode kernel; what was read so far is older than it
-    in_unit = tile * TILE_M + tl.arange(0, TILE_M)  # [TILE_M]
-    rows = unit * rows_per_unit + in_unit
-    row_mask = (rows < num_tokens * GROUP_SIZE) & (in_unit < rows_per_unit)
-    dim_mask = dims < DIMS_V
     partial_lse_ptr = partial_ptr + partial_lines.to(tl.int64) * DIMS_V
-    top = tl.full([TILE_M], float("-inf"), tl.float32)
-    weight_sum = tl.zeros([TILE_M], tl.float32)
-    acc = tl.zeros([TILE_M, TILE_D], tl.float32)
-    for first in tl.range(0, num_splits, TILE_SPLITS, num_stages=1):
-        split = first + tl.arange(0, TILE_SPLITS)  # [TILE_SPLITS]
-        slot = tl.where(split == 0, first_slot, later_slot + split * slot_step)
-        first_line = (slot * num_kv_heads + kv_head) * rows_per_unit
-        if not NARROW:
-            first_line = first_line.to(tl.int64)
-        lines = first_line[:, None] + in_unit[None, :]  # [TILE_SPLITS, TILE_M]
-        mask = (split < num_splits)[:, None] & row_mask[None, :]
-        lse = tl.load(partial_lse_ptr + lines, mask=mask, other=float("-inf"))
-        # A share without keys wrote zeros: its weight is 0.
-        values = tl.load(
-            partial_ptr + lines[:, :, None] * DIMS_V + dims[None, None, :],
-            mask=mask[:, :, None] & dim_mask[None, None, :],
-            other=0.0,
-        )  # [TILE_SPLITS, TILE_M, TILE_D]
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink = tl.exp2(top - anchor)
-        weights = tl.exp2(lse - anchor[None, :])
-        acc = acc * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
-        weight_sum = weight_sum * shrink + tl.sum(weights, 0)
-        top = new_top
+    NUM_SLICES: tl.constexpr = (DIMS_V + TILE_D - 1) // TILE_D
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        in_unit = (tile // NUM_SLICES) * TILE_M + tl.arange(0, TILE_M)  # [TILE_M]
+        dims = (tile % NUM_SLICES) * TILE_D + tl.arange(0, TILE_D)
+        rows = unit * rows_per_unit + in_unit
+        row_mask = (rows < num_tokens * GROUP_SIZE) & (in_unit < rows_per_unit)
+        dim_mask = dims < DIMS_V
+        top = tl.full([TILE_M], float("-inf"), tl.float32)
+        weight_sum = tl.zeros([TILE_M], tl.float32)
+        acc = tl.zeros([TILE_M, TILE_D], tl.float32)
+        for first in tl.range(0, num_splits, TILE_SPLITS, num_stages=1):
+            split = first + tl.arange(0, TILE_SPLITS)  # [TILE_SPLITS]
+            slot = tl.where(split == 0, first_slot, later_slot + split * slot_step)
+            first_line = (slot * num_kv_heads + kv_head) * rows_per_unit
+            if not NARROW:
+                first_line = first_line.to(tl.int64)
+            lines = first_line[:, None] + in_unit[None, :]  # [TILE_SPLITS, TILE_M]
+            mask = (split < num_splits)[:, None] & row_mask[None, :]
+            lse = tl.load(partial_lse_ptr + lines, mask=mask, other=float("-inf"))
+            # A share without keys wrote zeros: its weight is 0.
+            values = tl.load(
+                partial_ptr + lines[:, :, None] * DIMS_V + dims[None, None, :],
+                mask=mask[:, :, None] & dim_mask[None, None, :],
+                other=0.0,
+            )  # [TILE_SPLITS, TILE_M, TILE_D]
+            new_top = tl.maximum(top, tl.max(lse, 0))
+            anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+            shrink = tl.exp2(top - anchor)
+            weights = tl.exp2(lse - anchor[None, :])
+            acc = acc * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
+            weight_sum = weight_sum * shrink + tl.sum(weights, 0)
+            top = new_top
 
-    token = rows // GROUP_SIZE
-    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head * stride_sinks, mask=row_mask, other=0.0).to(tl.float32) * LOG2_E
-        anchor = tl.maximum(top, sink)
-        anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
-        shrink = tl.exp2(top - anchor)
-        weight_sum = tl.where(weight_sum > 0, weight_sum * shrink + tl.exp2(sink - anchor), 0.0)
-        acc = acc * shrink[:, None]
-        top = anchor
-    some = weight_sum > 0
-    weight_sum = tl.where(some, weight_sum, 1.0)
-    inverse = tl.where(some, 1.0 / weight_sum, 0.0)
-    q_token = (q_start + token).to(tl.int64)
-    out_rows = q_token * stride_out_token + head.to(tl.int64) * stride_out_head
-    mask = row_mask[:, None] & dim_mask[None, :]
-    ptrs = out_ptr + out_rows[:, None] + dims[None, :].to(tl.int64) * stride_out_dim
-    tl.store(ptrs, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-    if lse_ptr is not None and tl.program_id(0) % NUM_SLICES == 0:
-        lse = tl.where(some, (top + tl.log2(weight_sum)) * LN_2, float("-inf"))
-        tl.store(lse_ptr + head.to(tl.int64) * stride_lse_head + q_token, lse, mask=row_mask)
+        token = rows // GROUP_SIZE
+        head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+        if sinks_ptr is not None:
+            sink = tl.load(sinks_ptr + head * stride_sinks, mask=row_mask, other=0.0).to(tl.float32) * LOG2_E
+            anchor = tl.maximum(top, sink)
+            anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
+            shrink = tl.exp2(top - anchor)
+            weight_sum = tl.where(weight_sum > 0, weight_sum * shrink + tl.exp2(sink - anchor), 0.0)
+            acc = acc * shrink[:, None]
+            top = anchor
+        some = weight_sum > 0
+        weight_sum = tl.where(some, weight_sum, 1.0)
+        inverse = tl.where(some, 1.0 / weight_sum, 0.0)
+        q_token = (q_start + token).to(tl.int64)
+        out_rows = q_token * stride_out_token + head.to(tl.int64) * stride_out_head
+        ptrs = out_ptr + tl.multiple_of(out_rows, OUT_VECTOR)[:, None]
+        if OUT_UNIT:
+            ptrs += dims[None, :]
+        else:
+            ptrs += dims[None, :].to(tl.int64) * stride_out_dim
+        mask = row_mask[:, None] & dim_mask[None, :]
+        tl.store(ptrs, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+        if lse_ptr is not None and tile % NUM_SLICES == 0:
+            lse = tl.where(some, (top + tl.log2(weight_sum)) * LN_2, float("-inf"))
+            tl.store(lse_ptr + head.to(tl.int64) * stride_lse_head + q_token, lse, mask=row_mask)

@@ -97,13 +97,15 @@ def produce(
 @gluon.jit
 def store_piece(
     acc, inverse, whole, out_ptr, out_rows, stride_out_dim, row_mask, partial_ptr, offs_m,
-    first_dim, D: gl.constexpr, D_V: gl.constexpr, LAYOUT: gl.constexpr,
+    first_dim, D: gl.constexpr, D_V: gl.constexpr, OUT_UNIT: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Write dimensions ``[first_dim, first_dim + D)`` of a result: to ``out``, or to the partial results."""
     dims = first_dim + gl.arange(0, D, gl.SliceLayout(1, LAYOUT))
     result = acc * gl.expand_dims(inverse, 0)
     if whole:
-        offsets = dims.to(gl.int64) * stride_out_dim
+        offsets = dims.to(gl.int64)
+        if not OUT_UNIT:
+            offsets = offsets * stride_out_dim
         ptrs = out_ptr + (gl.expand_dims(offsets, 1) + gl.expand_dims(out_rows, 0))
         gl.store(ptrs, result.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(row_mask, 0))
     else:
@@ -118,7 +120,8 @@ def consume(
     D_V0: gl.constexpr, D_V1: gl.constexpr, D_K: gl.constexpr, Q_VECTOR: gl.constexpr,
     GROUP_SIZE: gl.constexpr, TILE_M: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr, EARLY: gl.constexpr,
+    CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
+    OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W of the two: every second tile of the part, and a half of each result.
 
@@ -283,14 +286,14 @@ def consume(
                     mbarrier.arrive(own_done, count=1)
                 store_piece(
                     acc0, inverse, whole, out[0], out_rows, out[3], row_mask, partial_ptr, offs_m,
-                    zero, D_V0, D_V0 + D_V1, LAYOUT,
+                    zero, D_V0, D_V0 + D_V1, OUT_UNIT, LAYOUT,
                 )  # fmt: skip
             elif D_V1 > 0:
                 acc1 *= gl.expand_dims(own_weight, 0)
                 acc1 += taken.load(LAYOUT) * gl.expand_dims(other_weight, 0)
                 store_piece(
                     acc1, inverse, whole, out[0], out_rows, out[3], row_mask, partial_ptr, offs_m,
-                    D_V0 + zero, D_V1, D_V0 + D_V1, LAYOUT,
+                    D_V0 + zero, D_V1, D_V0 + D_V1, OUT_UNIT, LAYOUT,
                 )  # fmt: skip
             turn += 1
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
@@ -323,6 +326,7 @@ def mla_narrow_kernel(
     VECTOR: gl.constexpr, Q_VECTOR: gl.constexpr,  # elements that every row of the cache, of q is aligned to
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
+    OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
     TILE_M: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,  # the producer's are what is left
@@ -406,13 +410,13 @@ def mla_narrow_kernel(
             full, empty, q_ready, done0, done1, walk, lengths, q_ptr + K_AT, rope, latent_ptr, latent,
             sinks, out, lse, partial, softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_V0, D_V1, D_K, Q_VECTOR, GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, EARLY,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, EARLY,
         )),
         (consume, (
             1, q_v_smem, q_k_smem, v_smem, k_smem, p_smem1, stats1, stats0, half0, half1,
             full, empty, q_ready, done1, done0, walk, lengths, q_ptr + K_AT, rope, latent_ptr, latent,
             sinks, out, lse, partial, softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_V0, D_V1, D_K, Q_VECTOR, GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, EARLY,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, EARLY,
         )),
     ], [4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip

@@ -179,7 +179,7 @@ def score_right(q_v, v_tile, scores, D_HALF: gl.constexpr, USE_ACC: gl.constexpr
 def finish(
     acc, row_max, row_sum, other_sum, whole, q_start, first_row, num_rows, kv_head, first_line, sinks, out,
     lse, partial, first_dim, zero, GROUP_SIZE: gl.constexpr, D_HALF: gl.constexpr, IS_LEFT: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Normalise one half of a unit's dimensions and write it: to ``out``, or to the partial results."""
     D_V: gl.constexpr = 2 * D_HALF
@@ -212,10 +212,11 @@ def finish(
     if whole:
         out_head = (kv_head * GROUP_SIZE + acc_rows % GROUP_SIZE).to(gl.int64)
         out_token = (q_start + acc_rows // GROUP_SIZE).to(gl.int64)
-        offsets = acc_dims.to(gl.int64) * out[3]
-        ptrs = out[0] + (
-            gl.expand_dims(out_token * out[1] + out_head * out[2], 1) + gl.expand_dims(offsets, 0)
-        )
+        out_rows = gl.multiple_of(out_token * out[1] + out_head * out[2], OUT_VECTOR)
+        offsets = acc_dims.to(gl.int64)
+        if not OUT_UNIT:
+            offsets = offsets * out[3]
+        ptrs = out[0] + (gl.expand_dims(out_rows, 1) + gl.expand_dims(offsets, 0))
         gl.store(ptrs, result.to(out[0].dtype.element_ty), mask=gl.expand_dims(acc_rows < num_rows, 1))
     else:
         piece_ptr = partial[0] + first_line * D_V
@@ -232,6 +233,7 @@ def consume_left(
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
+    OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of the even tiles and of the left half of the output.
 
@@ -344,7 +346,8 @@ def consume_left(
             )  # fmt: skip
             finish(
                 acc, row_max, row_sum, other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head,
-                first_line, sinks, out, lse, partial, 0, pairs >> 30, GROUP_SIZE, D_HALF, True, ACC,
+                first_line, sinks, out, lse, partial, 0, gl.multiple_of(pairs >> 30, 16), GROUP_SIZE,
+                D_HALF, True, OUT_UNIT, OUT_VECTOR, ACC,
             )  # fmt: skip
             turn += 1
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
@@ -360,6 +363,7 @@ def consume_right(
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
+    OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of the odd tiles and of the right half of the output."""
     SHARDED: gl.constexpr = CP_WORLD_SIZE > 1
@@ -454,7 +458,8 @@ def consume_right(
             )  # fmt: skip
             finish(
                 acc, row_max, row_sum, other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head,
-                first_line, sinks, out, lse, partial, D_HALF, pairs >> 30, GROUP_SIZE, D_HALF, False, ACC,
+                first_line, sinks, out, lse, partial, D_HALF, gl.multiple_of(pairs >> 30, 16), GROUP_SIZE,
+                D_HALF, False, OUT_UNIT, OUT_VECTOR, ACC,
             )  # fmt: skip
             turn += 1
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
@@ -487,6 +492,7 @@ def mla_wide_kernel(
     VECTOR: gl.constexpr, Q_VECTOR: gl.constexpr,  # elements that every row of the cache, of q is aligned to
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
+    OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,  # the producer's are what is left
 ):  # fmt: skip
@@ -567,7 +573,7 @@ def mla_wide_kernel(
             walk, lengths, latent_ptr, latent, sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_HALF, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR,
         )),
         (consume_right, (
             q_v_smem, q_k_smem, v_smem, k_smem, limits1_smem, max0_smem, max1_smem, sum1_smem, sum0_smem,
@@ -575,6 +581,6 @@ def mla_wide_kernel(
             walk, lengths, latent_ptr, latent, q_ptr + K_AT, rope, sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_HALF, D_K, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR,
         )),
     ], [4, 4], [CONSUMER_REGISTERS + 8, CONSUMER_REGISTERS - 8])  # fmt: skip
