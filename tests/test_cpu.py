@@ -20,7 +20,7 @@ from formula import checked
 from torch import Tensor
 from twins import layouts_of
 
-from anystride import plan
+from anystride import packing, plan
 from anystride.backends import cpu
 from anystride.merge import merge
 from anystride.testing import Case, Inputs, find_case, find_layout, make_inputs, select
@@ -90,7 +90,7 @@ def test_every_case_is_right(case: Case) -> None:
 )
 @pytest.mark.parametrize("q_len", [1, 3, 40])
 def test_lengths_around_a_chunk_are_right(case: Case, q_len: int) -> None:
-    chunk = config_of(inputs_of(case)).chunk
+    chunk = config_of(inputs_of(case)).packing.chunk
     assert 16 <= chunk <= 128, "the chunk is to be reached by short sequences"
     lengths = tuple(n for edge in (chunk, 3 * chunk) for n in (edge - 1, edge, edge + 1))
     inputs = inputs_of(with_lengths(case, lengths, (q_len,)))
@@ -108,7 +108,7 @@ def test_long_queries_are_cut_into_tiles(more: int) -> None:
 @pytest.mark.parametrize("case", [KV, ALL_FEATURES], ids=["plain", "all-features"])
 def test_large_blocks_are_not_staged(case: Case) -> None:
     inputs = inputs_of(with_lengths(replace(case, block_size=1024), (1500, 3), (2, 1)))
-    assert not config_of(inputs).staged
+    assert not config_of(inputs).packing.staged
     assert_right(inputs, *attend(inputs, "cpu"))
 
 
@@ -247,30 +247,48 @@ def test_ranks_merge_to_the_whole(case: Case, parallel: Parallel) -> None:
 # What it reads and allocates
 
 
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The elements that each gathering of blocks has read."""
+    elements = []
+    gather = packing._gather
+
+    def counted(blocks: Tensor, ids: Tensor) -> Tensor:
+        rows = gather(blocks, ids)
+        elements.append(rows.numel())
+        return rows
+
+    monkeypatch.setattr(packing, "_gather", counted)
+    return elements
+
+
 @pytest.mark.parametrize(
     ("case", "layout", "gathers"),
     [(KV, "G16", 2), (ROW, "M1", 1), (SPLIT, "M7", 2)],
     ids=["kv", "row", "q_v"],
 )
 def test_bytes_that_k_and_v_share_are_gathered_once(
-    case: Case, layout: str, gathers: int, monkeypatch: pytest.MonkeyPatch
+    case: Case, layout: str, gathers: int, gathered: list[int]
 ) -> None:
-    inputs = make_inputs(with_lengths(case, (40, 65)), find_layout(layout))
-    elements = 0
-    gather = cpu._gather
-
-    def counted(cache: Tensor, ids: Tensor) -> Tensor:
-        nonlocal elements, gathers
-        rows = gather(cache, ids)
-        elements, gathers = elements + rows.numel(), gathers - 1
-        return rows
-
-    monkeypatch.setattr(cpu, "_gather", counted)
-    attend(inputs, "cpu")
-    assert gathers == 0
-    blocks = 2 * 5  # both sequences in one batch, as long as the longer one
+    attend(make_inputs(with_lengths(case, (40, 65)), find_layout(layout)), "cpu")
+    assert len(gathered) == gathers
+    blocks = 3 + 5  # both sequences at once, and no more than they have
     width = case.d_qk if case.form == "row" else case.d_qk + case.d_v
-    assert elements == blocks * case.block_size * case.num_kv_heads * width
+    assert sum(gathered) == blocks * case.block_size * case.num_kv_heads * width
+
+
+def test_the_keys_of_a_prompt_are_gathered_once_for_all_its_tiles(gathered: list[int]) -> None:
+    inputs = inputs_of(with_lengths(KV, (600, 5), (400, 1)))
+    assert 2 * config_of(inputs).tokens < 400
+    attend(inputs, "cpu")
+    blocks = 38 + 1
+    assert gathered == [blocks * KV.block_size * KV.num_kv_heads * d for d in (KV.d_qk, KV.d_v)]
+
+
+def test_no_key_is_gathered_that_a_window_hides(gathered: list[int]) -> None:
+    attend(inputs_of(replace(with_lengths(KV, (600, 5), (3, 1)), window=(20, 0))), "cpu")
+    blocks = 2 + 1  # keys 577 to 600, and the other sequence's
+    assert gathered == [blocks * KV.block_size * KV.num_kv_heads * d for d in (KV.d_qk, KV.d_v)]
 
 
 GREEDY = {
@@ -334,6 +352,18 @@ def test_a_cache_of_half_a_gigabyte_costs_no_more_memory(heads: int, d: int, tok
     code = textwrap.dedent(HALF_A_GIGABYTE.format(heads=heads, d=d, tokens=tokens))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= MOST_EXTRA
+
+
+def test_numbers_that_lead_out_of_a_tensor_are_refused() -> None:
+    inputs = inputs_of(with_lengths(KV, (40, 33)))
+    blocks = inputs.kwargs["block_table"].shape[1]
+    too_long = torch.tensor([40, 16 * blocks + 1], dtype=torch.int32)
+    with pytest.raises(
+        IndexError, match=rf"sequence 1 has {16 * blocks + 1} keys; block_table has {blocks} blocks"
+    ):
+        attend(inputs, "cpu", seqused_k=too_long)
+    with pytest.raises(IndexError, match="cu_seqlens_q ends at 3; q has 2 tokens"):
+        attend(inputs, "cpu", cu_seqlens_q=torch.tensor([0, 1, 3], dtype=torch.int32))
 
 
 # Who may ask

@@ -22,7 +22,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     ("anystride.errors", "anystride.merge", "anystride.kernels"),
     ("anystride.problem", "anystride.logs"),
-    ("anystride.reference",),
+    ("anystride.reference", "anystride.packing"),
     ("anystride.launch",),
     ("anystride.work",),
     ("anystride.backends",),
@@ -46,6 +46,7 @@ READS_VALUES = (
     "anystride.reference",
     "anystride.backends.reference",
     "anystride.backends.cpu",
+    "anystride.packing",
     "anystride.explanation",
     "anystride.testing",
     "anystride.cli",

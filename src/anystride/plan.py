@@ -155,6 +155,9 @@ _PLANS: dict[tuple[Any, ...], Plan] = {}
 _MOST_PLANS = 16384  # a few hundred bytes each; engines see some thousand shapes
 
 
+_is_cpu, _device = attrgetter("is_cpu"), attrgetter("device")
+
+
 def _key(tensors: tuple[Any, ...], numbers: tuple[Any, ...], wanted: str | None) -> tuple[Any, ...]:
     """What a plan depends on: everything but the tensors' values and exact addresses.
 
@@ -168,7 +171,8 @@ def _key(tensors: tuple[Any, ...], numbers: tuple[Any, ...], wanted: str | None)
     reach = 8192 * max(k_strides[-1], v_strides[-1])
     distance = v_at - k_at
     # fmt: off
-    where = Tensor.get_device if q.is_cuda else attrgetter("device")  # an index is cheaper, where it tells
+    # A number is cheaper than a device, where it tells.
+    where = _is_cpu if q.is_cpu else Tensor.get_device if q.is_cuda else _device
     try:
         facts = [None if t is None else (t.shape, t.stride(), t.dtype, where(t)) for t in others]
     except (AttributeError, TypeError):  # descales may be numbers
