@@ -262,7 +262,7 @@ def test_uneven_batch_spreads_over_all_processors(record_property: Callable[[str
         assert sum(loads) == sum(-(-length // STEP) for length in lengths)
         processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
         busy = [load for load in loads if load]  # sequences of one length are cut at their ends only
-        assert len(busy) >= processors
+        assert len(busy) >= processors * 15 // 16
         # Parts of short sequences do fewer steps: they are charged with beginning and finishing each.
         assert max(busy) / (sum(busy) / len(busy)) < 1.25
         times.append(seconds_of(lambda: attend(inputs, "triton", scheduler_metadata=metadata)))  # noqa: B023
@@ -296,7 +296,7 @@ def test_warmup_leaves_nothing_to_compile(name: str) -> None:
     inputs = make_inputs(case, layouts_of(case)[0], DEVICE)
     warmup(
         inputs.kwargs["k"], inputs.kwargs["v"], case.num_q_heads, max_batch=64, max_seqlen_k=1 << 16,
-        q_v="q_v" in inputs.kwargs, causal=case.causal, softmax_scale=case.scale,
+        q_v="q_v" in inputs.kwargs, causal=case.causal, softmax_scale=case.scale, backend="triton",
     )  # fmt: skip
     with compilations() as compiled:
         run(inputs)

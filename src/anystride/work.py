@@ -7,6 +7,7 @@ cut units together. All GPU back ends share this, so that one schedule serves wh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +22,7 @@ STEP = KEYS_PER_STEP.value
 FIXED_SPLIT_STEPS = 32  # batch_invariant: 2048 keys a split, enough splits for one long sequence
 OVERHEAD_STEPS = 2  # what starting and finishing a unit costs, in steps of 64 keys
 COMBINE_VALUES = 8192  # partial results that a program of the combine kernel holds at most: 32 registers
-COMBINE_PROGRAMS = (
-    8  # of the combine kernel, a processor: what each finds out about its unit serves many tiles
-)
+COMBINE_WARPS = 32  # of the combine kernel, a processor: one look-up of a unit serves many tiles
 WIDE_ROWS = 64  # rows of a tile of a long query
 
 
@@ -185,7 +184,8 @@ def split_work(problem: Problem, target: Target, programs: int) -> Split:
         "TILE_D": tile_d,
     }
     tiles = -(-lines_of_unit // tile_m) * -(-problem.d_v // tile_d)
-    wanted = -(-COMBINE_PROGRAMS * target.processors // (busy * problem.num_kv_heads))
+    programs_at_once = target.processors * COMBINE_WARPS // combine_warps(tile)
+    wanted = -(-programs_at_once // (busy * problem.num_kv_heads))
     grid = (min(tiles, wanted), problem.num_kv_heads, places)
     return Split(rows, parts, scheduled, splits, fixed, lines, constants, tiles, grid, tuple(scratch))
 
@@ -205,7 +205,12 @@ def combine_tile(
     results = min(1024, max(32, bucket(shared * d_v // (2 * processors))))
     d = min(bucket(d_v), 512, results)
     m = min(results // d, bucket(lines_of_unit))
-    return min(bucket(shares), COMBINE_VALUES // (m * d)), m, d
+    return min(max(4, bucket(shares)), COMBINE_VALUES // (m * d)), m, d
+
+
+def combine_warps(tile: tuple[int, ...]) -> int:
+    """Warps of a program of the combine kernel, so that a thread holds 32 values at most."""
+    return 8 if 2 * prod(tile) > COMBINE_VALUES else 4
 
 
 def out_constants(problem: Problem) -> dict[str, Any]:
@@ -306,10 +311,8 @@ def combine_launch(problem: Problem, split: Split, call: Call) -> Launch:
         *results(problem, call), problem.batch, problem.window_left, problem.window_right, *shares(split),
         problem.num_kv_heads, OVERHEAD_STEPS, split.combine_tiles,
     )  # fmt: skip
-    values = 1
-    for name in ("TILE_SPLITS", "TILE_M", "TILE_D"):
-        values *= split.combine_constants[name]
-    options: dict[str, Any] = {"num_warps": 8 if 2 * values > COMBINE_VALUES else 4}
+    tile = tuple(split.combine_constants[name] for name in ("TILE_SPLITS", "TILE_M", "TILE_D"))
+    options: dict[str, Any] = {"num_warps": combine_warps(tile)}
     if split.combine_constants["OVERLAP"]:
         options["launch_pdl"] = True
     return Launch(combine_kernel, split.combine_grid, arguments, split.combine_constants, options)
