@@ -1,0 +1,309 @@
+"""What the GPU benchmarks share: a case, its checks, its floors, and the clock; and their table.
+
+Device time by CUDA events, the L2 cache flushed before each call, median of many; kernels take turns, and the
+least of their rounds counts, as a busy host only adds time. Nothing is timed before it agrees with plain PyTorch
+in float32; a wrong answer is shown as wrong. The ceilings are measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peers
+import torch
+import triton
+
+import anystride
+
+
+class Row(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    batch: int
+    q_heads: int
+    kv_heads: int
+    d_qk: int
+    d_v: int
+    keys: int
+    block: int = 64
+    varied: bool = False
+    q_len: int = 1
+    layers: int = 1
+    pad: int = 0  # elements between blocks
+
+
+def lengths_of(row: Row) -> list[int]:
+    """All ``keys``, or normal with a standard deviation of half the mean, as anchors.md has it."""
+    if not row.varied:
+        return [row.keys] * row.batch
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(row.batch, generator=generator)
+    return (row.keys * (1 + 0.5 * noise)).clamp(row.q_len, 2 * row.keys).int().tolist()
+
+
+def build(row: Row) -> dict[str, Any]:
+    """The arguments of a call: permuted blocks in a cache with the row's layout."""
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    torch.manual_seed(0)
+    lengths = lengths_of(row)
+    blocks = [-(-n // row.block) for n in lengths]
+    total = sum(blocks)
+    table = torch.zeros(row.batch, max(blocks), dtype=torch.int32)
+    ids, at = torch.randperm(total, dtype=torch.int32), 0
+    for seq, n in enumerate(blocks):
+        table[seq, :n] = ids[at : at + n]
+        at += n
+    mla = row.kv_heads == 1 and row.d_v < row.d_qk
+    width = row.kv_heads * row.block * (row.d_qk if mla else row.d_qk + row.d_v)
+    store = torch.empty(total, row.layers, width + row.pad, dtype=dtype, device=device)
+    for begin in range(0, total, 4096):
+        store[begin : begin + 4096].normal_(std=0.5)
+    page = store[:, row.layers // 2, :width]
+    if mla:
+        k = page.unflatten(1, (row.block, 1, row.d_qk))
+        v = k[..., : row.d_v]
+    else:
+        half = width // 2
+        k = page[:, :half].unflatten(1, (row.block, row.kv_heads, row.d_qk))
+        v = page[:, half:].unflatten(1, (row.block, row.kv_heads, row.d_v))
+    q = torch.randn(row.batch * row.q_len, row.q_heads, row.d_qk, dtype=dtype, device=device)
+    return {
+        "q": q, "k": k, "v": v, "max_seqlen_q": row.q_len,
+        "cu_seqlens_q": torch.arange(row.batch + 1, dtype=torch.int32, device=device) * row.q_len,
+        "max_seqlen_k": max(lengths), "seqused_k": torch.tensor(lengths, dtype=torch.int32, device=device),
+        "block_table": table.to(device), "softmax_scale": (192 if mla else row.d_qk) ** -0.5,
+        "causal": row.q_len > 1,
+    }  # fmt: skip
+
+
+def plain(row: Row, kwargs: dict[str, Any], sequences: list[int]) -> dict[int, torch.Tensor]:
+    """Plain float32 attention for some sequences."""
+    results = {}
+    k, v, table = kwargs["k"], kwargs["v"], kwargs["block_table"]
+    for seq in sequences:
+        n = int(kwargs["seqused_k"][seq])
+        ids = table[seq, : -(-n // row.block)].long()
+        keys, values = (cache[ids].flatten(0, 1)[:n].float() for cache in (k, v))
+        q = kwargs["q"][seq * row.q_len : (seq + 1) * row.q_len].float().unflatten(1, (row.kv_heads, -1))
+        scores = torch.einsum("qhgd,nhd->hgqn", q, keys) * kwargs["softmax_scale"]
+        if row.q_len > 1:
+            where = torch.arange(n, device=q.device)
+            last = n - row.q_len + torch.arange(row.q_len, device=q.device)[:, None]
+            scores = scores.masked_fill(where > last, float("-inf"))
+        results[seq] = torch.einsum("hgqn,nhd->qhgd", scores.softmax(-1), values).flatten(1, 2)
+    return results
+
+
+def error(row: Row, out: torch.Tensor, wanted: dict[int, torch.Tensor]) -> float:
+    """Largest relative error (2-norm) over the checked sequences; NaN if there is one."""
+    worst = 0.0
+    for seq, right in wanted.items():
+        got = out[seq * row.q_len : (seq + 1) * row.q_len].float()
+        e = float((got - right).norm() / right.norm())
+        worst = e if math.isnan(e) else max(worst, e)
+    return worst
+
+
+def must_move(row: Row) -> int:
+    """Bytes: each valid row once (shared bytes once), q and out."""
+    per_key = row.kv_heads * (row.d_qk + (0 if row.d_v < row.d_qk else row.d_v)) * 2
+    return sum(lengths_of(row)) * per_key + 2 * row.q_len * row.batch * row.q_heads * (row.d_qk + row.d_v)
+
+
+def operations(row: Row) -> int:
+    """Floating-point operations of the two products."""
+    return 2 * sum(lengths_of(row)) * row.q_len * row.q_heads * (row.d_qk + row.d_v)
+
+
+def microseconds(call: peers.Call, rep: int = 60) -> float:
+    """Median device time of a call with a cold L2 cache."""
+    return float(1e3 * triton.testing.do_bench(call, warmup=10, rep=rep, return_mode="median"))
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes a second of a read and of a copy, and bf16 operations a second, measured now."""
+    x = torch.empty(1 << 32, dtype=torch.uint8, device="cuda").view(torch.int64)
+    x.random_()
+    read = x.numel() * 8 / (1e-6 * microseconds(lambda: x.max(), 200))
+    half = x[: x.numel() // 2]
+    rest = x[x.numel() // 2 :]
+    copy = x.numel() * 8 / (1e-6 * microseconds(lambda: rest.copy_(half), 200))
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product = 2 * 8192**3 / (1e-6 * microseconds(lambda: a @ b, 200))
+    return {"read": read, "copy": copy, "product": product}
+
+
+def ours(kwargs: dict[str, Any], row: Row, backend: str | None) -> peers.Call:
+    """Our call, its schedule made once and shared, as a model's layers do."""
+    metadata = anystride.get_scheduler_metadata(
+        row.batch, row.q_len, kwargs["max_seqlen_k"], row.q_heads, row.kv_heads, row.d_qk,
+        kwargs["seqused_k"], torch.bfloat16, row.d_v, kwargs["cu_seqlens_q"], causal=kwargs["causal"],
+    )  # fmt: skip
+    return lambda: anystride.flash_attn_varlen_func(**kwargs, scheduler_metadata=metadata, backend=backend)
+
+
+class Result(NamedTuple):
+    """What one kernel did on one row."""
+
+    kernel: str
+    us: float  # NaN if it was not timed
+    note: str  # why not: its refusal in its own words, or how wrong it was
+
+
+def makers(row: Row, kwargs: dict[str, Any], backends: list[str], absent: dict[str, str]) -> dict[str, Any]:
+    """Every kernel that may take the row."""
+    mla = row.kv_heads == 1 and row.d_v < row.d_qk
+    found: dict[str, Callable[[], peers.Call]] = {
+        f"anystride {backend}": lambda backend=backend: ours(kwargs, row, backend)  # type: ignore[misc]
+        for backend in backends
+    }
+    if mla:
+        found["FlashMLA"] = lambda: peers.flash_mla(kwargs, row.d_v)
+    found["FA3"] = lambda: peers.fa3(kwargs, mla)
+    found["vLLM Triton"] = lambda: peers.vllm_triton(kwargs, mla)
+    return {name: make for name, make in found.items() if name not in absent}
+
+
+def measure(row: Row, backends: list[str], absent: dict[str, str], rounds: int = 3) -> list[Result]:
+    """Check and time every kernel on a row; those that are right take turns."""
+    kwargs = build(row)
+    wanted = plain(row, kwargs, sorted({0, row.batch // 2, row.batch - 1}))
+    results, calls = [], {}
+    for name, make in makers(row, kwargs, backends, absent).items():
+        try:
+            call = make()
+            off = error(row, call(), wanted)
+        except Exception as failure:  # a refusal, in its own words
+            results.append(Result(name, math.nan, f"refused: {str(failure).splitlines()[0][:60]}"))
+            continue
+        if off < 1e-2:
+            calls[name] = call
+        else:
+            results.append(Result(name, math.nan, f"WRONG ({off:.1e})"))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(microseconds(call, 30))
+    return [Result(name, min(us), "") for name, us in times.items()] + results
+
+
+def commit() -> str:
+    """The commit that runs, as far as git can tell."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Bench(NamedTuple):
+    """A finished table."""
+
+    facts: dict[str, Any]  # device, versions, ceilings
+    rows: list[tuple[Row, list[Result]]]
+
+
+def main(rows: list[Row], description: str, backends: tuple[str, ...]) -> Bench:
+    """Read the command line, print the table as it is measured, append one JSON line a measurement."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--peers", type=Path, default=Path(".peers"), help="from ../shared/peers/get_peers")
+    parser.add_argument("--json", type=Path, help="append one line a measurement to this file")
+    parser.add_argument("--backend", nargs="+", default=list(backends), help="ours to time")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--plot", type=Path, help="draw the roofline into this file")
+    parser.add_argument("--commit", default=commit(), help="where git cannot tell")
+    options = parser.parse_args()
+    absent = peers.load(options.peers)
+    for name, why in absent.items():
+        print(f"absent: {name}: {why}")
+    top = ceilings()
+    facts = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "anystride": anystride.__version__, "commit": options.commit, **top,
+    }  # fmt: skip
+    print(
+        f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}: "
+        f"read {top['read'] / 1e9:.0f} GB/s, copy {top['copy'] / 1e9:.0f} GB/s, "
+        f"bf16 product {top['product'] / 1e12:.0f} TFLOP/s\n"
+    )
+    done = []
+    for row in rows:
+        if options.only not in row.name:
+            continue
+        results = measure(row, options.backend, absent)
+        done.append((row, results))
+        print(line_of(row, results, top), flush=True)
+        if options.json:
+            with options.json.open("a") as file:
+                for result in results:
+                    line = {**facts, "case": row.name, "kernel": result.kernel, "us": result.us}
+                    line |= {"note": result.note, "bytes": must_move(row), "flop": operations(row)}
+                    file.write(json.dumps(line) + "\n")
+        torch.cuda.empty_cache()
+    bench = Bench(facts, done)
+    if options.plot:
+        plot(bench, options.plot)
+    return bench
+
+
+def line_of(row: Row, results: list[Result], top: dict[str, float]) -> str:
+    """One row of the table: times, and for the first kernel its rates and shares of the ceilings."""
+    cells = [f"{row.name:<40}"]
+    for result in results:
+        cells.append(
+            f"{result.kernel} {result.us:.1f}" if result.us > 0 else f"{result.kernel} {result.note}"
+        )
+    first = results[0]
+    if first.us > 0:
+        rate, flops = must_move(row) / first.us * 1e6, operations(row) / first.us * 1e6
+        cells.append(
+            f"{rate / 1e9:.0f} GB/s ({rate / top['read']:.0%}), "
+            f"{flops / 1e12:.0f} TFLOP/s ({flops / top['product']:.0%})"
+        )
+    return " | ".join(cells)
+
+
+def best_peer(results: list[Result]) -> float:
+    """The least time of a kernel that is not ours."""
+    return min((r.us for r in results if not r.kernel.startswith("anystride") and r.us > 0), default=math.nan)
+
+
+def plot(bench: Bench, path: Path) -> None:
+    """The roofline: what each kernel reached, under the two ceilings of the same run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    read, product = bench.facts["read"], bench.facts["product"]
+    figure, axes = plt.subplots(figsize=(8, 5))
+    low, high = 0.5, 2000.0
+    knee = product / read
+    axes.plot([low, knee, high], [low * read / 1e12, product / 1e12, product / 1e12], color="0.3", lw=1)
+    markers = iter("os^vD*P")
+    for kernel in dict.fromkeys(r.kernel for _, results in bench.rows for r in results):
+        points = [
+            (operations(row) / must_move(row), operations(row) / r.us * 1e-6)
+            for row, results in bench.rows
+            for r in results
+            if r.kernel == kernel and r.us > 0
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), next(markers), ms=6, alpha=0.75, label=kernel)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte that must move")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title(f"{bench.facts['device']}, commit {bench.facts['commit']}", fontsize=10)
+    axes.grid(True, which="both", lw=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
