@@ -1,8 +1,8 @@
-"""What the GPU benchmarks share: a case, its checks, its floors, and the clock; and their table.
+"""What the GPU benchmarks share: a case, its checks, its floors, the clock, and the table.
 
 Device time by CUDA events, the L2 cache flushed before each call, median of many; kernels take turns, and the
-least of their rounds counts, as a busy host only adds time. Nothing is timed before it agrees with plain PyTorch
-in float32; a wrong answer is shown as wrong. The ceilings are measured in the same process.
+least of their rounds counts, as a busy host only adds time. Nothing is timed before it agrees with plain
+PyTorch in float32; a wrong answer is shown as wrong. The ceilings are measured in the same process.
 """
 
 from __future__ import annotations
@@ -244,7 +244,8 @@ def main(rows: list[Row], description: str, backends: tuple[str, ...]) -> Bench:
         if options.json:
             with options.json.open("a") as file:
                 for result in results:
-                    line = {**facts, "case": row.name, "kernel": result.kernel, "us": result.us}
+                    line = {**facts, "case": row.name, "kernel": result.kernel}
+                    line |= {"us": result.us if result.us > 0 else None}
                     line |= {"note": result.note, "bytes": must_move(row), "flop": operations(row)}
                     file.write(json.dumps(line) + "\n")
         torch.cuda.empty_cache()
@@ -284,12 +285,13 @@ def plot(bench: Bench, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     read, product = bench.facts["read"], bench.facts["product"]
-    figure, axes = plt.subplots(figsize=(8, 5))
-    low, high = 0.5, 2000.0
-    knee = product / read
+    figure, axes = plt.subplots(figsize=(9, 5))
+    low, knee, high = 10.0, product / read, 700.0
     axes.plot([low, knee, high], [low * read / 1e12, product / 1e12, product / 1e12], color="0.3", lw=1)
-    markers = iter("os^vD*P")
-    for kernel in dict.fromkeys(r.kernel for _, results in bench.rows for r in results):
+    axes.text(45, 45 * read / 1e12 * 1.1, f"{read / 1e9:.0f} GB/s read", fontsize=8, ha="right")
+    axes.text(high, product / 1e12 * 1.04, f"{product / 1e12:.0f} TFLOP/s bf16", fontsize=8, ha="right")
+    kernels = list(dict.fromkeys(r.kernel for _, results in bench.rows for r in results))
+    for nth, kernel in enumerate(kernels):
         points = [
             (operations(row) / must_move(row), operations(row) / r.us * 1e-6)
             for row, results in bench.rows
@@ -297,13 +299,14 @@ def plot(bench: Bench, path: Path) -> None:
             if r.kernel == kernel and r.us > 0
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), next(markers), ms=6, alpha=0.75, label=kernel)
+            intensity, rate = zip(*points, strict=True)
+            axes.plot(intensity, rate, "os^vD*P"[nth % 7], ms=8 - nth, mfc="none", label=kernel)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations a byte that must move")
     axes.set_ylabel("TFLOP/s")
     axes.set_title(f"{bench.facts['device']}, commit {bench.facts['commit']}", fontsize=10)
-    axes.grid(True, which="both", lw=0.3)
-    axes.legend(fontsize=8)
+    axes.grid(True, which="both", lw=0.2)
+    axes.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

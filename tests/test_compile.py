@@ -136,11 +136,13 @@ def test_many_rows_use_warpgroup_products_on_hopper(name: str) -> None:
     assert "wgmma.mma_async" in decode.assembly
 
 
-def test_rows_of_16_bytes_are_loaded_asynchronously_and_whole() -> None:
-    for name in ("mla-h16", "gqa-d128"):
-        decode = next(b for b in compile_call(HOT[name].kwargs(), "sm_90") if b.kernel == "decode_kernel")
-        assert "cp.async.cg.shared.global" in decode.assembly  # .cg: 16 bytes, .ca: fewer
-        assert "cp.async.ca.shared.global" not in decode.assembly
+@pytest.mark.parametrize("block_size", [1, 3, 64])
+@pytest.mark.parametrize("name", ["mla-h16", "gqa-d128"])
+def test_rows_of_16_bytes_are_loaded_asynchronously_and_whole(name: str, block_size: int) -> None:
+    shape = replace(HOT[name], changes={"block_size": block_size})
+    decode = next(b for b in compile_call(shape.kwargs(), "sm_90") if b.kernel == "decode_kernel")
+    assert "cp.async.cg.shared.global" in decode.assembly  # .cg: 16 bytes, .ca: fewer
+    assert "cp.async.ca.shared.global" not in decode.assembly
 
 
 VARIANTS = {

@@ -347,12 +347,13 @@ def decode_kernel(
                         sub = (block % BLOCKS_PER_PAGE).to(tl.int64)
                         k_base = k_head + page * stride_k_page + sub * stride_k_block
                         v_base = v_head + page * stride_v_page + sub * stride_v_block
-                    if ONE_BASE:
-                        slot = (key % BLOCK_SIZE).to(tl.int64)
-                    else:
-                        slot = (positions % BLOCK_SIZE).to(tl.int64)
-                    k_base += slot * stride_k_token
-                    v_base += slot * stride_v_token
+                    if BLOCK_SIZE > 1:  # adding a zero is folded away, and the hint below with it
+                        if ONE_BASE:
+                            slot = (key % BLOCK_SIZE).to(tl.int64)
+                        else:
+                            slot = (positions % BLOCK_SIZE).to(tl.int64)
+                        k_base += slot * stride_k_token
+                        v_base += slot * stride_v_token
                 k_base = tl.multiple_of(k_base, K_VECTOR)
                 v_base = tl.multiple_of(v_base, V_VECTOR)
                 if ONE_BASE:
