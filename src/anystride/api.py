@@ -112,7 +112,8 @@ def flash_attn_varlen_func(
             on rank ``(p // cp_interleave) % cp_world_size``; ``seqused_k`` counts this rank's tokens,
             ``cp_tot_seqused_k`` ``[batch]`` int32 all of them. Merge with :func:`anystride.merge.merge`.
         batch_invariant: The bits of a sequence do not depend on its neighbours: splits have a fixed size.
-        backend: None picks the first that can; ``triton``, ``cpu`` or ``reference`` is obeyed or refused.
+        backend: None picks the first that can; ``hopper``, ``triton``, ``cpu`` or ``reference`` is
+            obeyed or refused.
 
     Returns:
         ``out`` ``[total_q, num_q_heads, d_v]`` in the dtype of ``q``; with ``return_softmax_lse`` also
