@@ -12,13 +12,14 @@ import torch
 from checks import assert_right, attend
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from twins import layouts_of
 
 from anystride import get_scheduler_metadata
-from anystride.testing import Case, Inputs, find_layout, make_inputs
+from anystride.testing import Case, Inputs, find_case, find_layout, make_inputs
 
 __all__ = [
-    "DEVICE", "STEP", "Engine", "OperatorArguments", "Result", "assert_same_bits", "metadata_of", "run",
-    "seconds_of",
+    "DEVICE", "FAULTS", "STEP", "Engine", "OperatorArguments", "Result", "assert_alone_is_the_same",
+    "assert_same_bits", "assert_spoilt_gives_nan", "metadata_of", "run", "seconds_of",
 ]  # fmt: skip
 
 DEVICE = "cuda"
@@ -47,6 +48,41 @@ def metadata_of(inputs: Inputs, **others: Any) -> Tensor:
         case.d_qk, kwargs["seqused_k"], case.torch_dtype, case.d_v, kwargs["cu_seqlens_q"],
         causal=case.causal, window_size=case.window,
     )  # fmt: skip
+
+
+FAULTS = ("zeroed", "of another batch", "of other heads")
+
+
+def assert_spoilt_gives_nan(inputs: Inputs, fault: str, backend: str) -> None:
+    """Metadata of another step give NaN, in every row of ``out`` and ``lse``, and nothing outside of them."""
+    metadata = metadata_of(inputs)
+    if fault == "zeroed":
+        metadata.zero_()
+    else:
+        metadata[1 if fault == "of other heads" else 2] += 16
+    out, lse = attend(inputs, backend, scheduler_metadata=metadata)
+    assert lse is not None
+    assert out.isnan().all()
+    assert lse.isnan().all()
+    inputs.assert_untouched()
+
+
+def assert_alone_is_the_same(name: str, backend: str) -> None:
+    """Under ``batch_invariant`` each sequence has the same bits in a batch and alone."""
+    case = replace(find_case(name), seqused_k=(5000, 40, 2049, 65))
+    inputs = make_inputs(case, layouts_of(case)[0], DEVICE)
+    out, lse = run(inputs, backend)
+    assert lse is not None
+    kwargs = inputs.kwargs
+    starts = kwargs["cu_seqlens_q"]
+    for seq, begin in enumerate(itertools.accumulate((0, *case.q_lens[:-1]))):
+        rows = slice(begin, begin + case.q_lens[seq])
+        alone = attend(
+            inputs, backend, q=kwargs["q"][rows], max_seqlen_q=case.q_lens[seq],
+            cu_seqlens_q=starts[seq : seq + 2] - starts[seq], seqused_k=kwargs["seqused_k"][seq : seq + 1],
+            block_table=kwargs["block_table"][seq : seq + 1],
+        )  # fmt: skip
+        assert_same_bits(alone, (out[rows], lse[:, rows]))
 
 
 class Engine:

@@ -18,11 +18,14 @@ from checks import assert_right, attend
 from compilations import compilations
 from device import (
     DEVICE,
+    FAULTS,
     STEP,
     Engine,
     OperatorArguments,
     Result,
+    assert_alone_is_the_same,
     assert_same_bits,
+    assert_spoilt_gives_nan,
     metadata_of,
     run,
     seconds_of,
@@ -146,35 +149,15 @@ def test_metadata_for_another_back_end_serves_as_well(name: str) -> None:
     run(inputs, scheduler_metadata=metadata_of(inputs))
 
 
-@pytest.mark.parametrize("fault", ["zeroed", "of another batch", "of other heads"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_metadata_of_another_step_gives_nan(fault: str) -> None:
     inputs = make_inputs(find_case("llama-3-8b"), find_layout("G2"), DEVICE)
-    metadata = metadata_of(inputs)
-    if fault == "zeroed":
-        metadata.zero_()
-    else:
-        metadata[1 if fault == "of other heads" else 2] += 16
-    out, _ = attend(inputs, "triton", scheduler_metadata=metadata)
-    assert out.isnan().all()
-    inputs.assert_untouched()
+    assert_spoilt_gives_nan(inputs, fault, "triton")
 
 
 @pytest.mark.parametrize("name", ["batch-invariant", "row-batch-invariant"])
 def test_batch_invariant_bits_do_not_depend_on_neighbours(name: str) -> None:
-    case = replace(find_case(name), seqused_k=(5000, 40, 2049, 65))
-    inputs = make_inputs(case, layouts_of(case)[0], DEVICE)
-    out, lse = run(inputs)
-    assert lse is not None
-    kwargs = inputs.kwargs
-    starts = kwargs["cu_seqlens_q"]
-    for seq, begin in enumerate(itertools.accumulate((0, *case.q_lens[:-1]))):
-        rows = slice(begin, begin + case.q_lens[seq])
-        alone = attend(
-            inputs, "triton", q=kwargs["q"][rows], max_seqlen_q=case.q_lens[seq],
-            cu_seqlens_q=starts[seq : seq + 2] - starts[seq], seqused_k=kwargs["seqused_k"][seq : seq + 1],
-            block_table=kwargs["block_table"][seq : seq + 1],
-        )  # fmt: skip
-        assert_same_bits(alone, (out[rows], lse[:, rows]))
+    assert_alone_is_the_same(name, "triton")
 
 
 # CUDA graphs

@@ -25,9 +25,12 @@ triton = pytest.importorskip("triton")
 from compilations import compilations  # noqa: E402
 from device import (  # noqa: E402
     DEVICE,
+    FAULTS,
     Engine,
     OperatorArguments,
+    assert_alone_is_the_same,
     assert_same_bits,
+    assert_spoilt_gives_nan,
     metadata_of,
     run,
 )
@@ -369,37 +372,15 @@ def test_every_run_gives_the_same_bits(name: str) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("fault", ["zeroed", "of another batch", "of other heads"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_metadata_of_another_step_gives_nan(fault: str) -> None:
     inputs = make_inputs(find_case("deepseek-v3-h16"), find_layout("M1"), DEVICE)
-    metadata = metadata_of(inputs)
-    if fault == "zeroed":
-        metadata.zero_()
-    else:
-        metadata[1 if fault == "of other heads" else 2] += 16
-    out, lse = attend(inputs, "hopper", scheduler_metadata=metadata)
-    assert lse is not None
-    assert out.isnan().all()
-    assert lse.isnan().all()
-    inputs.assert_untouched()
+    assert_spoilt_gives_nan(inputs, fault, "hopper")
 
 
 @gpu
 def test_batch_invariant_bits_do_not_depend_on_neighbours() -> None:
-    case = replace(find_case("row-batch-invariant"), seqused_k=(5000, 40, 2049, 65))
-    inputs = make_inputs(case, layouts_of(case)[0], DEVICE)
-    out, lse = run(inputs, "hopper")
-    assert lse is not None
-    kwargs = inputs.kwargs
-    starts = kwargs["cu_seqlens_q"]
-    for seq, begin in enumerate(itertools.accumulate((0, *case.q_lens[:-1]))):
-        rows = slice(begin, begin + case.q_lens[seq])
-        alone = attend(
-            inputs, "hopper", q=kwargs["q"][rows], max_seqlen_q=case.q_lens[seq],
-            cu_seqlens_q=starts[seq : seq + 2] - starts[seq], seqused_k=kwargs["seqused_k"][seq : seq + 1],
-            block_table=kwargs["block_table"][seq : seq + 1],
-        )  # fmt: skip
-        assert_same_bits(alone, (out[rows], lse[:, rows]))
+    assert_alone_is_the_same("row-batch-invariant", "hopper")
 
 
 CAPTURES = {
