@@ -1,7 +1,8 @@
 """What the GPU benchmarks share: a case, its checks, its floors, the clock, and the table.
 
 Device time by CUDA events, the L2 cache flushed before each call, median of many; kernels take turns, and the
-least of their rounds counts, as a busy host only adds time. Nothing is timed before it agrees with plain
+least of their rounds counts, as a busy host only adds time. The first round does not count: a device that was
+idle is cool, and runs whoever comes first at a higher clock. Nothing is timed before it agrees with plain
 PyTorch in float32; a wrong answer is shown as wrong. The ceilings are measured in the same process.
 """
 
@@ -167,6 +168,7 @@ def makers(row: Row, kwargs: dict[str, Any], backends: list[str], absent: dict[s
     }
     if mla:
         found["FlashMLA"] = lambda: peers.flash_mla(kwargs, row.d_v)
+        found["FlashInfer"] = lambda: peers.flashinfer_mla(kwargs, row.d_v)
     found["FA3"] = lambda: peers.fa3(kwargs, mla)
     found["vLLM Triton"] = lambda: peers.vllm_triton(kwargs, mla)
     return {name: make for name, make in found.items() if name not in absent}
@@ -189,9 +191,11 @@ def measure(row: Row, backends: list[str], absent: dict[str, str], rounds: int =
         else:
             results.append(Result(name, math.nan, f"WRONG ({off:.1e})"))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for nth in range(rounds + 1):
         for name, call in calls.items():
-            times[name].append(microseconds(call, 30))
+            us = microseconds(call, 30)
+            if nth:
+                times[name].append(us)
     return [Result(name, min(us), "") for name, us in times.items()] + results
 
 

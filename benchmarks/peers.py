@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import lzma
+import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +41,55 @@ def load(peers: Path) -> dict[str, str]:
         _load_vllm_triton(peers)
     except (OSError, ImportError) as error:
         absent["vLLM Triton"] = str(error)
+    try:
+        _load_flashinfer(peers / "wheels")
+    except (OSError, ImportError, subprocess.CalledProcessError) as error:
+        absent["FlashInfer"] = str(error)
     return absent
+
+
+def _load_flashinfer(wheels: Path) -> None:
+    """Install FlashInfer from its wheels into a new folder; it builds its kernels at the first call."""
+    files = sorted(str(path) for path in wheels.glob("*.whl"))
+    if not files:
+        raise OSError(f"no wheels in {wheels}")
+    folder = tempfile.mkdtemp(prefix="flashinfer")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        folder,
+    ]
+    subprocess.run([*command, *files], check=True)
+    sys.path.append(folder)
+    importlib.import_module("flashinfer.mla")
+
+
+def flashinfer_mla(kwargs: dict[str, Any], d_v: int) -> Call:
+    """FlashInfer's MLA wrapper with its kernels for Hopper; planned once, as a model's layers share it."""
+    q, k = kwargs["q"], kwargs["k"][:, :, 0]
+    lengths, block = kwargs["seqused_k"], k.shape[1]
+    counts = (lengths + block - 1) // block
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=q.device)
+    starts[1:] = counts.cumsum(0)
+    table = kwargs["block_table"]
+    there = torch.arange(table.shape[1], device=q.device) < counts[:, None]
+    workspace = torch.empty(512 << 20, dtype=torch.int8, device=q.device)
+    wrapper = sys.modules["flashinfer.mla"].BatchMLAPagedAttentionWrapper(workspace, backend="fa3")
+    wrapper.plan(
+        kwargs["cu_seqlens_q"], starts, table[there], lengths, q.shape[1], d_v, q.shape[2] - d_v, block,
+        kwargs.get("causal", False), kwargs["softmax_scale"], q.dtype, k.dtype,
+    )  # fmt: skip
+
+    def run() -> Any:
+        return wrapper.run(q[..., :d_v], q[..., d_v:], k[..., :d_v], k[..., d_v:])
+
+    return run
 
 
 def _load_vllm_triton(peers: Path) -> None:
