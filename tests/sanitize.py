@@ -15,12 +15,14 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from checks import assert_right, attend
 
-from anystride import UnsupportedError, get_scheduler_metadata
-from anystride.testing import find_case, find_layout, make_inputs
+from anystride import UnsupportedError, get_scheduler_metadata, plan
+from anystride.backends import hopper
+from anystride.testing import Inputs, find_case, find_layout, make_inputs
 
 # Case, layout, strides of q and out, strides of the table.
 CALLS = (
@@ -56,7 +58,19 @@ CALLS = (
     ("deepseek-v3-h16", "M2", "packed", "packed"),
     ("deepseek-v3-mtp", "M4", "packed", "packed"),
     ("deepseek-v3-q_v", "M8", "packed", "packed"),
+    ("deepseek-v3-h128", "M1", "packed", "packed"),
 )
+
+
+def calls(backend: str, inputs: Inputs, metadata: torch.Tensor | None) -> None:
+    """Every way to share out the work; and by TMA, which few calls are worth, where it can read the cache."""
+    for given in ({}, {"scheduler_metadata": metadata}, {"num_splits": 3}):
+        assert_right(inputs, *attend(inputs, backend, **given))
+    if backend == "hopper":
+        plan._PLANS.clear()
+        with mock.patch.object(hopper, "loads_by_tma", lambda problem, *_: hopper.maps_fit(problem)):
+            assert_right(inputs, *attend(inputs, backend, scheduler_metadata=metadata))
+        plan._PLANS.clear()
 
 
 def main() -> int:
@@ -79,8 +93,7 @@ def main() -> int:
             )  # fmt: skip
         for backend in backends:
             try:
-                for given in ({}, {"scheduler_metadata": metadata}, {"num_splits": 3}):
-                    assert_right(inputs, *attend(inputs, backend, **given))
+                calls(backend, inputs, metadata)
             except UnsupportedError:
                 continue
             torch.cuda.synchronize()

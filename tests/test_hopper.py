@@ -34,7 +34,7 @@ from device import (  # noqa: E402
     metadata_of,
     run,
 )
-from offline import compile_call  # noqa: E402
+from offline import Binary, compile_call  # noqa: E402
 from test_compile import Shape  # noqa: E402
 
 from anystride.backends import hopper  # noqa: E402
@@ -48,15 +48,19 @@ SEPARATE = ("A-same-pointer", "A-overlap", "A-gap")  # V is no part of K's row, 
 NOT_TAKEN = (*ROWS_OF_TWO_BYTES, *SEPARATE)
 
 
+def is_wide(case: Case) -> bool:
+    """Whether the kernel for tiles of 64 rows runs it."""
+    return case.group_size * (1 if case.batch_invariant else max(case.q_lens, default=1)) > hopper.NARROW_ROWS
+
+
 def takes(case: Case) -> bool:
     """Whether the shapes, dtypes and features of a case are among those of these kernels."""
     rope = case.d_qk - (case.d_v if case.form == "row" else 0)
-    rows = case.group_size * (1 if case.batch_invariant else max(case.q_lens, default=1))
-    narrow = rows <= hopper.NARROW_ROWS
+    wide = is_wide(case)
     return (
         case.form != "kv"
-        and case.d_v in (hopper.LATENTS if narrow else hopper.WIDE_LATENTS)
-        and rope in (hopper.ROPES if narrow else hopper.WIDE_ROPES)
+        and case.d_v in (hopper.WIDE_LATENTS if wide else hopper.LATENTS)
+        and rope in (hopper.WIDE_ROPES if wide else hopper.ROPES)
         and case.torch_dtype.itemsize == 2
         and case.torch_kv_dtype == case.torch_dtype
         and not case.alibi
@@ -193,6 +197,56 @@ def test_strides_of_size_1_dimensions_do_not_matter() -> None:
     assert hopper.stride_refusals(problem) == []
 
 
+FIT = {
+    "packed": ("deepseek-v3-h128", "M1", {}, True),
+    "one layer of many": ("deepseek-v3-h128", "M2", {}, True),
+    "two buffers": ("deepseek-v3-q_v", "M9", {}, True),
+    "pages of blocks": ("pages-row-2x64", "M1", {}, True),
+    "without a table": ("dense-row", "M1", {"d_qk": 128}, True),
+    "absurd strides": ("deepseek-v3-h128", "A-absurd-strides", {}, True),
+    "blocks of a quarter of a tile": ("deepseek-v3-h128", "M1", {"block_size": 16}, False),
+    "blocks of no whole tiles": ("deepseek-v3-h128", "M1", {"block_size": 528}, False),
+    "rope of half a box": ("d-row-96-64", "M1", {"block_size": 64}, False),
+}
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_tma_reads_what_its_maps_can_say(name: str) -> None:
+    case_name, layout, changes, fits = FIT[name]
+    problem = problem_of(replace(find_case(case_name), **changes), find_layout(layout))
+    assert hopper.maps_fit(problem) == fits
+
+
+@pytest.mark.parametrize("elements", [1, 4, 8])
+def test_tma_wants_strides_and_a_base_of_16_bytes(elements: int) -> None:
+    case = find_case("deepseek-v3-h128")
+    inputs = make_inputs(case, find_layout("M1"), guard=False)
+    k = inputs.kwargs["k"]
+    flat = torch.empty(elements + k.shape[0] * (64 * 576 + elements), dtype=k.dtype)
+    for offset, more in ((elements, 0), (0, elements)):
+        strides = (64 * 576 + more, 576, 576, 1)
+        view = flat.as_strided(k.shape, strides, offset)
+        problem = problem_of(case, find_layout("M1"), k=view, v=view[..., :512])
+        assert hopper.maps_fit(problem) == (elements == 8)
+
+
+def test_tma_has_no_use_for_expanded_blocks() -> None:
+    case = find_case("deepseek-v3-h128")
+    inputs = make_inputs(case, find_layout("M1"), guard=False)
+    k = inputs.kwargs["k"][:1].expand(inputs.kwargs["k"].shape)
+    assert not hopper.maps_fit(problem_of(case, find_layout("M1"), k=k, v=k[..., :512]))
+
+
+def test_a_tensor_map_has_the_cache_as_it_lies() -> None:
+    problem = problem_of(find_case("pages-row-2x64"), find_layout("M2"))
+    page, block, token, _head, _dim = problem.k_strides
+    found = hopper.tensor_map(problem, "k", problem.k_strides, problem.d_qk)
+    assert found.sizes == (problem.num_pages, 2, 1, 64, problem.d_qk)
+    # The stride of the one head is of no account, and must be one that could be.
+    assert found.strides == (page, block, 64, token, 1)
+    assert found.box == (1, 1, 1, 64, 64)
+
+
 # Compiled for a device that is not here
 
 
@@ -213,15 +267,26 @@ SHAPES = {
     "h64": Shape("kimi-k2", "M1"),
     "h128": Shape("deepseek-v3-h128", "M2"),
     "h128-q_v": Shape("deepseek-v3-q_v", "M9", {"num_q_heads": 128}),
+    "h128-block-1": Shape("deepseek-v3-h128", "M3", {"block_size": 1}),
+    "tma": Shape("deepseek-v3-h128", "M2"),
+    "tma-q_v": Shape("deepseek-v3-q_v", "M9", {"num_q_heads": 128}),
+    "tma-rank-256": Shape("mistral-small-4", "M15", {"num_q_heads": 128}),
     "h128-speculative": Shape("deepseek-v3-h128", "M1", {"q_lens": (2,)}),
     "h128-rank-256": Shape("mistral-small-4", "M15", {"num_q_heads": 128}),
     "h128-features": Shape("deepseek-v3-h128", "M1", {"window": (200, 0), "softcap": 30.0, "sinks": True}),
 }
-WIDE = tuple(name for name in SHAPES if name.startswith(("h64", "h128")))
+MANY = 80  # sequences, so many that it pays to load by TMA
+WIDE = tuple(name for name in SHAPES if name.startswith(("h64", "h128", "tma")))
 # Where nothing spills at all, not even at the ends of a unit or in the producer.
 CLEAN = ("h16", "h8", "q_v", "block-1", "splits", "float16")
 # The ptxas of Triton 3.9 keeps a few addresses on the stack in the loops, too, where those before it do not.
-ALLOWED = 4 if int(triton.__version__.split(".")[1]) >= 9 else 0
+ALLOWED = 6 if int(triton.__version__.split(".")[1]) >= 9 else 0
+
+
+def compiled(name: str) -> list[Binary]:
+    """The kernels of a shape."""
+    kwargs = SHAPES[name].kwargs(MANY) if name.startswith("tma") else SHAPES[name].kwargs()
+    return compile_call(kwargs, "sm_90", "hopper")
 
 
 def main_loops(sass: str) -> list[str]:
@@ -242,18 +307,19 @@ def spills(lines: list[str]) -> int:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_compiles_and_fits(name: str) -> None:
-    binaries = compile_call(SHAPES[name].kwargs(), "sm_90", "hopper")
+    binaries = compiled(name)
     names = [binary.kernel for binary in binaries]
     assert names[-2:] == ["mla_wide_kernel" if name in WIDE else "mla_narrow_kernel", "combine_kernel"]
     decode = binaries[-2]
     assert decode.shared_bytes <= 232448
     assert "wgmma.mma_async" in decode.assembly
+    assert ("cp.async.bulk.tensor.5d" in decode.assembly) == name.startswith("tma")
     assert decode.assembly.count("setmaxnreg") >= 4, "the registers asked for were not granted"
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_nothing_is_spilled_where_it_matters(name: str) -> None:
-    decode = compile_call(SHAPES[name].kwargs(), "sm_90", "hopper")[-2]
+    decode = compiled(name)[-2]
     loops = main_loops(decode.sass)
     assert sum("HGMMA" in line for line in loops) > 10
     assert spills(loops) <= ALLOWED, "spilled in a main loop"
@@ -291,6 +357,27 @@ def test_case_in_layout_is_right_and_its_bits_are_those_of_packed(case: Case, la
         twin = packed_twin(inputs, DEVICE)
         if twin is not None:
             assert_same_bits(result, run(twin, "hopper"))
+
+
+@pytest.fixture
+def by_tma(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Load by TMA whatever it costs, wherever it can read the cache."""
+    monkeypatch.setattr(hopper, "loads_by_tma", lambda problem, *_: hopper.maps_fit(problem))
+    plan._PLANS.clear()
+    yield
+    plan._PLANS.clear()
+
+
+@gpu
+@pytest.mark.parametrize(("case", "layout"), [x for x in meetings() if is_wide(x.values[0])])
+def test_tma_changes_no_bit(case: Case, layout: Layout, by_tma: None, request: pytest.FixtureRequest) -> None:
+    inputs = make_inputs(case, layout, DEVICE)
+    if layout.name in NOT_TAKEN:
+        pytest.skip("refused")
+    result = run(inputs, "hopper")
+    request.getfixturevalue("monkeypatch").undo()
+    plan._PLANS.clear()
+    assert_same_bits(result, attend(inputs, "hopper"))
 
 
 @gpu

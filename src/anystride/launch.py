@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from anystride.problem import Call
 
+_NEW = object.__new__
 STREAM = 3  # its position among a launcher's arguments
 
 
@@ -46,6 +48,16 @@ class Pointer(str):
     """Stands for a tensor of the call, by its name in ``SOURCES``, among the arguments of a launch."""
 
 
+class TensorMap(NamedTuple):
+    """Stands for a tensor of the call as TMA sees it, among the arguments of a launch."""
+
+    name: str  # in SOURCES
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]  # elements
+    box: tuple[int, ...]  # what is loaded at a time
+    layout: Any  # of a box in shared memory
+
+
 SOURCES = (*Call._fields, "partial", "schedule")  # what a launch points to: the call's tensors, the scratch
 
 
@@ -64,7 +76,8 @@ class Ready(NamedTuple):
 
     run: Any  # Triton's launcher
     arguments: list[Any]
-    places: tuple[tuple[int, int], ...]  # (place among the arguments, index into SOURCES)
+    places: tuple[tuple[int, int], ...]  # of addresses: (place among the arguments, index into SOURCES)
+    maps: tuple[tuple[int, int, dict[str, Any]], ...]  # of tensor maps: the same, and what they say
 
 
 def pointer(call: Call, name: str) -> Pointer | None:
@@ -89,7 +102,7 @@ def first_start(launch: Launch, tensors: Mapping[str, Any]) -> Ready | None:
     plan: later calls of the plan skip Triton's own look-up, and pass addresses, about which Triton would ask
     the driver if they came as tensors. They skip its launch hooks, too: a Proton session sees first calls.
     """
-    given = [tensors[x] if isinstance(x, Pointer) else x for x in launch.arguments]
+    given = [_given(x, tensors) for x in launch.arguments]
     made = launch.kernel[launch.grid](*given, **launch.constants, **launch.options)
     if made is None:
         return None
@@ -98,7 +111,19 @@ def first_start(launch: Launch, tensors: Mapping[str, Any]) -> Ready | None:
     before = [*launch.grid, None, made.function, made.packed_metadata, None, None, None]
     arguments = [*before, *launch.arguments, *launch.constants.values()]
     places = tuple((i, SOURCES.index(x)) for i, x in enumerate(arguments) if isinstance(x, Pointer))
-    return Ready(made.run, arguments, places)
+    maps = tuple(
+        (len(before) + i, SOURCES.index(x.name), vars(given[i]))
+        for i, x in enumerate(launch.arguments)
+        if isinstance(x, TensorMap)
+    )
+    return Ready(made.run, arguments, places, maps)
+
+
+def _given(argument: Any, tensors: Mapping[str, Any]) -> Any:
+    if isinstance(argument, TensorMap):
+        name, *facts = argument
+        return TensorDescriptor(tensors[name], *(list(x) for x in facts[:-1]), facts[-1])
+    return tensors[argument] if isinstance(argument, Pointer) else argument
 
 
 def first_run(launches: list[Launch], tensors: Mapping[str, Any], device: torch.device) -> list[Ready]:
@@ -125,11 +150,19 @@ def run_again(ready: list[Ready], sources: tuple[Any, ...], device: torch.device
 
 
 def _start(ready: list[Ready], stream: int, sources: tuple[Any, ...]) -> None:
-    for launch, template, places in ready:
+    # All arguments first: the launches should reach the device one right behind the other.
+    calls = []
+    for launch, template, places, maps in ready:
         arguments = template.copy()
         arguments[STREAM] = stream
         for place, source in places:
             arguments[place] = sources[source].data_ptr()
+        for place, source, facts in maps:
+            described = _NEW(TensorDescriptor)  # without its checks, which the first call has passed
+            described.__dict__ = facts | {"base": sources[source]}
+            arguments[place] = described
+        calls.append((launch, arguments))
+    for launch, arguments in calls:
         launch(*arguments)
 
 

@@ -156,13 +156,12 @@ def split_work(problem: Problem, target: Target, programs: int) -> Split:
     lines_of_unit = min(rows.unit, problem.group_size * problem.max_seqlen_q)
     if scheduled:
         # From the bucket of the batch and not from the longest sequence: neither may compile anew.
-        # A unit that spans several parts has a share in each, and most have one at either end.
         full = full_parts(problem, rows, programs)
         most_units = bucket(problem.batch) * rows.units
         by_unit = 2 * most_units <= full
         busy = min(most_units, full)
         shared = lines_of_unit * problem.num_kv_heads * busy
-        tile = combine_tile(-(-full // most_units) + 1, shared, lines_of_unit, problem.d_v, target.processors)
+        tile = combine_tile(max(1, full // most_units), shared, lines_of_unit, problem.d_v, target.processors)
     else:
         # Nothing of the batch: under batch_invariant its sums must not change with it.
         by_unit, tile, busy = True, (8, 1, min(512, bucket(problem.d_v))), problem.batch * rows.units

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from anystride.kernels import loaders_sm90
 from anystride.kernels.mla_narrow_sm90 import mla_narrow_kernel
 from anystride.kernels.mla_wide_sm90 import mla_wide_kernel
 from anystride.launch import (
@@ -19,17 +20,21 @@ from anystride.launch import (
     Pointer,
     Ready,
     Target,
+    TensorMap,
     device_target,
     first_run,
     pointer,
     run_again,
     sources,
 )
-from anystride.problem import Call, Problem
+from anystride.problem import Call, Problem, bucket
 from anystride.work import (
+    STEP,
+    Rows,
     Split,
     around,
     context_lengths,
+    full_parts,
     lengths,
     out_constants,
     results,
@@ -42,6 +47,7 @@ from anystride.work import (
 )
 
 NAME = "hopper"
+COLUMNS = loaders_sm90.COLUMNS.value
 
 NARROW_ROWS = 32  # query tokens times heads of a group up to which keys are the long side of the products
 # d_v, and the dimensions that only K has, of the narrow kernel and of the wide one
@@ -90,6 +96,54 @@ def row_vector(problem: Problem) -> int:
         vector(problem.k_strides[:4], problem.k_align, problem.k_dtype.itemsize),
         vector(problem.v_strides[:4], problem.v_align, problem.v_dtype.itemsize),
     )
+
+
+def maps_fit(problem: Problem) -> bool:
+    """Whether TMA can read the cache tile by tile.
+
+    It asks for a base and strides that are multiples of 16 bytes, for strides below 2^40 bytes and none of 0,
+    and here for tiles that lie in one block each.
+    """
+    p = problem
+    itemsize = p.k_dtype.itemsize
+    for strides, d in ((p.k_strides, p.d_qk), (p.v_strides, p.d_v)):
+        for size, stride in zip(map_sizes(p, d)[:-1], map_strides(strides)[:-1], strict=True):
+            if size > 1 and not 0 < stride * itemsize < 1 << 40:
+                return False
+    aligned = row_vector(p) * itemsize >= 16 and rope_dims(p) % COLUMNS == 0
+    return aligned and (not p.paged or p.block_size % STEP == 0)
+
+
+def loads_by_tma(problem: Problem, rows: Rows, programs: int) -> bool:
+    """Whether the wide kernel loads by TMA.
+
+    It frees issue slots where tensor cores decide, and costs the host a description of the tensors: not worth
+    it where a program has no more than a share of one unit.
+    """
+    return maps_fit(problem) and bucket(problem.batch) * rows.units >= full_parts(problem, rows, programs)
+
+
+def map_sizes(problem: Problem, d: int) -> tuple[int, ...]:
+    """Sizes of a cache for a tensor map: pages, blocks of a page, KV heads, tokens of a block, dimensions."""
+    p = problem
+    if not p.paged:
+        return (1, 1, p.num_kv_heads, p.num_pages, d)
+    return (p.num_pages, p.blocks_per_page, p.num_kv_heads, p.block_size, d)
+
+
+def map_strides(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in the order of a tensor map."""
+    page, block, token, head, dim = strides
+    return (page, block, head, token, dim)
+
+
+def tensor_map(problem: Problem, name: str, strides: tuple[int, ...], d: int) -> TensorMap:
+    """The map through which TMA reads K or V."""
+    sizes = map_sizes(problem, d)
+    # The stride of a dimension of size 1 is never used, but must be one that could be.
+    legal = tuple(y if x > 1 else COLUMNS for x, y in zip(sizes, map_strides(strides), strict=True))
+    box = (1, 1, 1, STEP, COLUMNS)
+    return TensorMap(name, sizes, (*legal[:-1], 1), box, loaders_sm90.BOX_LAYOUT.value)
 
 
 def query_vector(problem: Problem) -> int:
@@ -209,6 +263,8 @@ def config_for(problem: Problem, target: Target) -> Config:
     }
     if is_narrow(tiles):
         constants["TILE_M"] = tiles.m
+    else:
+        constants["BY_TMA"] = loads_by_tma(p, split.rows, target.processors)
     constants["CONSUMER_REGISTERS"] = tiles.consumer_registers
     return Config(tiles, split, constants)
 
@@ -216,12 +272,18 @@ def config_for(problem: Problem, target: Target) -> Config:
 def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
     """What one call launches, in order. Looks at the strides of the call's tensors, never at an address."""
     split = config.split
+    maps: tuple[TensorMap | None, ...] = () if is_narrow(config.tiles) else (None, None)
+    if config.constants.get("BY_TMA"):
+        k_map = tensor_map(problem, "k", problem.k_strides, problem.d_qk)
+        v_map = tensor_map(problem, "v", problem.v_strides, problem.d_v)
+        maps = (k_map, v_map if config.constants["V_AT"] < 0 else None)
     # fmt: off
     arguments = (
         pointer(call, "q"), *problem.q_strides[:2],
         pointer(call, "q_v"), *problem.q_v_strides[:2],
         pointer(call, "k"), *problem.k_strides[:4],
         pointer(call, "v"), *problem.v_strides[:4],
+        *maps,
         pointer(call, "block_table"), *problem.table_strides,
         *lengths(call), *context_lengths(problem, call), *sinks(call),
         schedule(split, call), *results(problem, call), Pointer("partial"), split.partial_lines,

@@ -9,7 +9,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from anystride.kernels.decode import LOG2_E, tanh
-from anystride.kernels.loaders_sm90 import load_queries
 
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
@@ -31,18 +30,20 @@ UNALIGNED = [
 
 
 @gluon.jit
-def bring_queries(
-    smem, ptr, strides, q_start, first_row, num_rows, kv_head, GROUP_SIZE: gl.constexpr, ROWS: gl.constexpr,
+def load_queries(
+    ptr, strides, q_start, first_row, num_rows, kv_head, GROUP_SIZE: gl.constexpr, ROWS: gl.constexpr,
     WIDTH: gl.constexpr, VECTOR: gl.constexpr,
 ):  # fmt: skip
-    """Bring WIDTH dimensions of the queries of ROWS rows into shared memory; rows that are none are zeros."""
+    """WIDTH dimensions of the queries of ROWS rows; rows that are none are zeros."""
     LANES: gl.constexpr = min(WIDTH // VECTOR, 32)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [4, 1], [1, 0])
     rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     token = (q_start + rows // GROUP_SIZE).to(gl.int64)
     head = (kv_head * GROUP_SIZE + rows % GROUP_SIZE).to(gl.int64)
     offsets = gl.multiple_of(token * strides[0] + head * strides[1], VECTOR)
-    load_queries(smem, ptr, offsets, rows < num_rows, WIDTH, LAYOUT)
+    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    ptrs = ptr + (gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0))
+    return gl.load(ptrs, mask=gl.expand_dims(rows < num_rows, 1), other=0.0)
 
 
 @gluon.jit

@@ -1,20 +1,28 @@
-"""How Hopper's kernels bring rows into shared memory: queries by plain loads, the cache by cp.async.
+"""How Hopper's kernels bring rows into shared memory: queries by plain loads, the cache by TMA or cp.async.
 
-A cache of any strides is read row by row: a row's address comes from the block table and four strides, and
-cp.async copies its 16, 8 or 4 bytes at a time, whatever the block size; a row that is masked becomes zeros.
+TMA reads through a tensor map: base, sizes and strides of the cache as it lies, ``[pages, blocks of a page,
+KV heads, tokens of a block, d]``, and boxes of 64 tokens and 64 dimensions, each in one block. It asks for
+strides that are multiples of 16 bytes and for blocks of whole tiles, and it takes whole tiles: what lies
+behind a sequence's end in its last block may be anything, and must not be read into a product.
+
+cp.async reads everything else: a row's address comes from the block table and four strides, and its elements
+are copied 16, 8 or 4 bytes at a time, whatever the block size; a row that is masked becomes zeros.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from anystride.kernels.ranges import KEYS_PER_STEP
 
 # Triton 3.8 gave it a new name, and 3.9 refuses the old one.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 TILE = gl.constexpr(KEYS_PER_STEP.value)  # keys
 COLUMNS = gl.constexpr(64)  # elements of a row that are copied at a time: a swizzled line of 128 bytes
+PRODUCERS = gl.constexpr(128)  # threads of the producer: so many arrivals complete a barrier of a full buffer
+BOX_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=5))
 
 
 @gluon.jit
@@ -25,12 +33,19 @@ def barrier(count: gl.constexpr):
     return bar
 
 
-@gluon.jit
-def load_queries(smem, ptr, rows, mask, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
-    """Bring queries ``[rows, WIDTH]`` into shared memory; rows that are none become zeros."""
-    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    ptrs = ptr + (gl.expand_dims(rows, 1) + gl.expand_dims(columns, 0))
-    smem.store(gl.load(ptrs, mask=gl.expand_dims(mask, 1), other=0.0))
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # Triton 3.7 gave it its name
+
+    @gluon.jit
+    def boxes_of(smem, COUNT: gl.constexpr):
+        """The boxes ``[1, 1, 1, TILE, COLUMNS]`` that make up tiles, from left to right."""
+        return smem.reinterpret(smem.dtype, [COUNT, 1, 1, 1, TILE, COLUMNS], BOX_LAYOUT)
+
+else:
+
+    @gluon.jit
+    def boxes_of(smem, COUNT: gl.constexpr):
+        """The boxes ``[1, 1, 1, TILE, COLUMNS]`` that make up tiles, from left to right."""
+        return smem._reinterpret(smem.dtype, [COUNT, 1, 1, 1, TILE, COLUMNS], BOX_LAYOUT)
 
 
 @gluon.jit
@@ -79,3 +94,22 @@ def find_blocks(
         entry = (positions // BLOCK_SIZE).to(gl.int64)
         block = gl.load(table_ptr + entry * stride_table_block, mask=mask, other=0)
     return block, mask
+
+
+@gluon.jit
+def load_boxes(
+    boxes, first_box, tensor_map, column, block, key, k_start, kv_head, bar,
+    WIDTH: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr,
+):  # fmt: skip
+    """Start to load WIDTH dimensions of a whole tile, from ``column`` on, into boxes one after the other."""
+    page = block // BLOCKS_PER_PAGE
+    in_page = block % BLOCKS_PER_PAGE
+    token = key
+    if BLOCK_SIZE > 0:
+        token = key % BLOCK_SIZE
+    else:
+        page = key * 0
+        token = key + k_start.to(gl.int32)
+    for i in gl.static_range(WIDTH // COLUMNS):
+        where = [page, in_page, kv_head, token, column + i * COLUMNS]
+        load_box(tensor_map, where, bar, boxes.index(first_box + i))

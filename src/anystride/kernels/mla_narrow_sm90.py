@@ -25,14 +25,22 @@ from anystride.kernels.attention_sm90 import (
     PLAIN,
     RUNTIME,
     UNALIGNED,
-    bring_queries,
     fill_nan,
     in_base_2,
     is_visible,
+    load_queries,
     seen_by_all,
 )
 from anystride.kernels.decode import LN_2, LOG2_E
-from anystride.kernels.loaders_sm90 import COLUMNS, TILE, barrier, copy_rows, find_blocks, row_offsets
+from anystride.kernels.loaders_sm90 import (
+    COLUMNS,
+    PRODUCERS,
+    TILE,
+    barrier,
+    copy_rows,
+    find_blocks,
+    row_offsets,
+)
 from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
 from anystride.kernels.schedule import is_foreign
 
@@ -42,14 +50,14 @@ PLAIN_2D = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 @gluon.jit
 def produce(
     v_smem, k_smem, full, empty, walk, lengths, k_ptr, k, v_ptr, v, table,
-    D_V: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr, WARPS: gl.constexpr,
+    D_V: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, ONE_ROW: gl.constexpr,
     GROUP_SIZE: gl.constexpr, TILE_M: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SHARDED: gl.constexpr,
 ):  # fmt: skip
     """Fill the two buffers in turn with the tiles of the part."""
     LANES: gl.constexpr = min(D_K, COLUMNS) // VECTOR
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [PRODUCERS // 32, 1], [1, 0])
     offs_n = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
     part = gl.program_id(2)
     seq, unit, step, end_seq, end_unit, end_step = part_range(part, walk, SCHEDULED)
@@ -157,20 +165,21 @@ def consume(
             # Each warpgroup brings a half of the queries.
             q_tile = q_v_smem.index(0)
             if W == 0:
-                bring_queries(
-                    q_tile.slice(0, D_V0, dim=1), q_v_ptr, q_v, q_start, first_row, num_rows, kv_head,
-                    GROUP_SIZE, TILE_M, D_V0, Q_VECTOR,
-                )  # fmt: skip
+                queries = load_queries(
+                    q_v_ptr, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, D_V0, Q_VECTOR
+                )
+                q_tile.slice(0, D_V0, dim=1).store(queries)
             else:
+                rope = load_queries(
+                    q_k_ptr, q_k, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, D_K, Q_VECTOR
+                )
                 if D_V1 > 0:
-                    bring_queries(
-                        q_tile.slice(D_V0, D_V1, dim=1), q_v_ptr + D_V0, q_v, q_start, first_row, num_rows,
-                        kv_head, GROUP_SIZE, TILE_M, D_V1, Q_VECTOR,
+                    queries = load_queries(
+                        q_v_ptr + D_V0, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M,
+                        D_V1, Q_VECTOR,
                     )  # fmt: skip
-                bring_queries(
-                    q_k_smem.index(0), q_k_ptr, q_k, q_start, first_row, num_rows, kv_head,
-                    GROUP_SIZE, TILE_M, D_K, Q_VECTOR,
-                )  # fmt: skip
+                    q_tile.slice(D_V0, D_V1, dim=1).store(queries)
+                q_k_smem.index(0).store(rope)
             fence_async_shared()
             mbarrier.arrive(q_ready, count=1)
 
@@ -337,7 +346,6 @@ def mla_narrow_kernel(
     of ``decode_kernel``: ``[slots, num_kv_heads, rows_per_unit, D_V]``, then the lse.
     """
     gdc_launch_dependents()
-    WARPS: gl.constexpr = 4  # of the producer
     SHARDED: gl.constexpr = CP_WORLD_SIZE > 1
     D_V0: gl.constexpr = min(D_V, 256)
     D_V1: gl.constexpr = D_V - D_V0
@@ -361,7 +369,7 @@ def mla_narrow_kernel(
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
-        mbarrier.init(full.index(i), count=32 * WARPS)
+        mbarrier.init(full.index(i), count=PRODUCERS)
         mbarrier.init(empty.index(i), count=1)
     q_ready = barrier(2)
     done0 = barrier(1)
@@ -402,7 +410,7 @@ def mla_narrow_kernel(
     gl.warp_specialize([
         (produce, (
             v_smem, k_smem, full, empty, walk, lengths, k_base, k, v_base, v, table,
-            D_V, D_K, VECTOR, WARPS, BLOCK_SIZE, BLOCKS_PER_PAGE, V_AT >= 0,
+            D_V, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, V_AT >= 0,
             GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
         )),
         (consume, (

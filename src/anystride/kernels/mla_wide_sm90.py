@@ -4,12 +4,16 @@ Each warpgroup scores every second tile of keys and holds one half of the output
 the left one scores the even tiles and holds dimensions ``[0, d_v / 2)``, the right one the odd tiles and the
 other dimensions. Weights of the own tile come from registers, those of the other's from shared memory, where
 the rope piece of the tile was: it is dead once the scores are there. While one warpgroup takes the
-exponentials of its tile, the other one keeps the tensor cores busy.
+exponentials of its tile, the other one keeps the tensor cores busy; and each half of a tile is given back as
+soon as it can be, for the next one needs 1.3 us to come.
 
-Both keep one running maximum, which goes from left to right and back within a pair of tiles. Masked scores
-and first maxima are large negative numbers, not infinite ones: their differences are numbers.
+Weights are relative to a reference of their row, its maximum or somewhat less, which goes from left to right
+and back within a pair of tiles. The right warpgroup multiplies the left one's weights as they are, before its
+own tile has its say, and scales what comes of it afterwards, if it must. Masked scores and first references
+are large negative numbers, not infinite ones: their differences are numbers.
 
-Source: FlashMLA's schedule for Hopper, https://github.com/deepseek-ai/FlashMLA, docs, 2025-04-22.
+Source: the halves and the two warpgroups are those of FlashMLA's schedule for Hopper,
+https://github.com/deepseek-ai/FlashMLA, docs, 2025-04-22; the order within a pair is not.
 """
 
 import triton.language as tl
@@ -28,44 +32,209 @@ from anystride.kernels.attention_sm90 import (
     PLAIN,
     RUNTIME,
     UNALIGNED,
-    bring_queries,
     fill_nan,
     in_base_2,
     is_visible,
+    load_queries,
     seen_by_all,
 )
 from anystride.kernels.decode import LN_2, LOG2_E
-from anystride.kernels.loaders_sm90 import COLUMNS, TILE, barrier, copy_rows, find_blocks, row_offsets
+from anystride.kernels.loaders_sm90 import (
+    COLUMNS,
+    PRODUCERS,
+    TILE,
+    barrier,
+    boxes_of,
+    copy_rows,
+    find_blocks,
+    load_boxes,
+    row_offsets,
+)
 from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
 from anystride.kernels.schedule import is_foreign
 
 ROWS = gl.constexpr(64)  # of a tile: those of a warpgroup's product
 MASKED = gl.constexpr(-1.0e33)
-NOTHING = gl.constexpr(-1.0e30)  # a maximum over no keys: above MASKED, whose weight it makes 0
+NOTHING = gl.constexpr(-1.0e30)  # the reference without keys: above MASKED, whose weight it makes 0
 # Of the halves of the two buffers, in the tuples of their barriers.
 LEFT0, RIGHT0, LEFT1, RIGHT1 = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # [ROWS, TILE]
 ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 KEY = gl.constexpr(gl.SliceLayout(0, SCORES.value))
+EACH_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))  # [ROWS], all of them in every warp
+SLACK = gl.constexpr(8.0)  # how far, in powers of two, scores may lie above the reference of their row
 
 
 @gluon.jit
-def produce(
-    v_smem, k_smem, full, empty, walk, lengths, k_ptr, k, v_ptr, v, table,
-    D_HALF: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr, WARPS: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, ONE_ROW: gl.constexpr,
-    GROUP_SIZE: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SHARDED: gl.constexpr,
+def copy_pairs(
+    pairs, key_begin, key_end, first_key, v_smem, k_smem, full, empty, q_ready, k_ptr, k, v_ptr, v,
+    k_start, table_ptr, stride_table_block, D_HALF: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, ONE_ROW: gl.constexpr, HAS_LEFT: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Fill the halves of the two buffers, in the order in which they become free."""
-    LANES: gl.constexpr = min(D_K, COLUMNS) // VECTOR
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    offs_n = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+    """Fill the halves with a share's pairs of tiles, row by row; returns the pairs so far."""
     left0 = v_smem.index(0).slice(0, D_HALF, dim=1)
     right0 = v_smem.index(0).slice(D_HALF, D_HALF, dim=1)
     left1 = v_smem.index(1).slice(0, D_HALF, dim=1)
     right1 = v_smem.index(1).slice(D_HALF, D_HALF, dim=1)
+    positions0 = key_begin + gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+    for _key in range(key_begin, tl.maximum(key_end, key_begin + 1), 2 * TILE):
+        phase = (pairs & 1) ^ 1
+        positions1 = positions0 + TILE
+        block0, mask0 = find_blocks(
+            positions0, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE, HAS_LEFT
+        )
+        block1, mask1 = find_blocks(
+            positions1, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE, HAS_LEFT
+        )
+        rows0 = row_offsets(block0, positions0, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+        rows1 = row_offsets(block1, positions1, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+        mbarrier.wait(empty[LEFT0], phase)
+        copy_rows(left0, v_ptr, rows0, mask0, D_HALF, LAYOUT)
+        async_copy.mbarrier_arrive(full[LEFT0], increment_count=False)
+        mbarrier.wait(empty[RIGHT0], phase)
+        copy_rows(right0, v_ptr + D_HALF, rows0, mask0, D_HALF, LAYOUT)
+        if not ONE_ROW:
+            rows0 = row_offsets(block0, positions0, k_start, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+        copy_rows(k_smem.index(0), k_ptr, rows0, mask0, D_K, LAYOUT)
+        async_copy.mbarrier_arrive(full[RIGHT0], increment_count=False)
+        if pairs == 0:
+            mbarrier.wait(q_ready, 0)  # the queries and one tile are wanted first
+        mbarrier.wait(empty[RIGHT1], phase)
+        copy_rows(right1, v_ptr + D_HALF, rows1, mask1, D_HALF, LAYOUT)
+        async_copy.mbarrier_arrive(full[RIGHT1], increment_count=False)
+        mbarrier.wait(empty[LEFT1], phase)
+        copy_rows(left1, v_ptr, rows1, mask1, D_HALF, LAYOUT)
+        if not ONE_ROW:
+            rows1 = row_offsets(block1, positions1, k_start, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+        copy_rows(k_smem.index(1), k_ptr, rows1, mask1, D_K, LAYOUT)
+        async_copy.mbarrier_arrive(full[LEFT1], increment_count=False)
+        pairs += 1
+        positions0 += 2 * TILE
+    return pairs
+
+
+@gluon.jit
+def load_half(
+    block, key, first_key, key_end, half, rope, boxes, first_box, rope_boxes, bar, k_ptr, k, v_ptr, v,
+    k_map, v_map, k_start, table_ptr, stride_table_block, kv_head, AT: gl.constexpr, WITH_ROPE: gl.constexpr,
+    D_HALF: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, K_AT: gl.constexpr, V_AT: gl.constexpr,
+    HAS_LEFT: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Start to fill one half of a tile, from dimension AT on, and its rope piece if it goes with it."""
+    if is_whole(key, first_key, key_end):
+        mbarrier.expect(bar, TILE * (D_HALF + D_K * WITH_ROPE) * 2)
+        load_boxes(
+            boxes, first_box, v_map, V_AT + AT, block, key, k_start, kv_head, bar,
+            D_HALF, BLOCK_SIZE, BLOCKS_PER_PAGE,
+        )  # fmt: skip
+        if WITH_ROPE:
+            load_boxes(
+                rope_boxes, first_box // (2 * D_HALF // COLUMNS), k_map, K_AT, block, key, k_start, kv_head,
+                bar, D_K, BLOCK_SIZE, BLOCKS_PER_PAGE,
+            )  # fmt: skip
+        mbarrier.arrive(bar, count=PRODUCERS - 1)
+    else:
+        positions = key + gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+        ids, mask = find_blocks(
+            positions, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE, HAS_LEFT
+        )
+        rows = row_offsets(ids, positions, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+        copy_rows(half, v_ptr + AT, rows, mask, D_HALF, LAYOUT)
+        if WITH_ROPE:
+            rows = row_offsets(ids, positions, k_start, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+            copy_rows(rope, k_ptr, rows, mask, D_K, LAYOUT)
+        # What comes by TMA needs no fence; so that the consumers have none, it is here for what does not.
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        fence_async_shared()
+        mbarrier.arrive(bar, count=PRODUCERS)
+
+
+@gluon.jit
+def is_whole(key, first_key, key_end):
+    """Whether all keys of a tile are there."""
+    return (key >= first_key) & (key + TILE <= key_end)
+
+
+@gluon.jit
+def block_of(key, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE: gl.constexpr):
+    """The id of the block in which a tile lies, if all of its keys are there."""
+    block = key
+    if BLOCK_SIZE > 0:
+        entry = (key // BLOCK_SIZE).to(gl.int64)
+        block = gl.load(
+            table_ptr + entry * stride_table_block, mask=is_whole(key, first_key, key_end), other=0
+        )
+    return block
+
+
+@gluon.jit
+def load_pairs(
+    pairs, key_begin, key_end, first_key, v_smem, k_smem, full, empty, q_ready, k_ptr, k, v_ptr, v,
+    k_map, v_map, k_start, table_ptr, stride_table_block, kv_head,
+    D_HALF: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, K_AT: gl.constexpr, V_AT: gl.constexpr,
+    HAS_LEFT: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """As ``copy_pairs``, but whole tiles come by TMA."""
+    HALF: gl.constexpr = D_HALF // COLUMNS  # boxes
+    v_boxes = boxes_of(v_smem, 4 * HALF)
+    k_boxes = boxes_of(k_smem, 2)
+    rope0 = k_smem.index(0)
+    rope1 = k_smem.index(1)
+    left0 = v_smem.index(0).slice(0, D_HALF, dim=1)
+    right0 = v_smem.index(0).slice(D_HALF, D_HALF, dim=1)
+    left1 = v_smem.index(1).slice(0, D_HALF, dim=1)
+    right1 = v_smem.index(1).slice(D_HALF, D_HALF, dim=1)
+    for key0 in range(key_begin, tl.maximum(key_end, key_begin + 1), 2 * TILE):
+        phase = (pairs & 1) ^ 1
+        key1 = key0 + TILE
+        block0 = block_of(key0, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE)
+        block1 = block_of(key1, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE)
+        mbarrier.wait(empty[LEFT0], phase)
+        load_half(
+            block0, key0, first_key, key_end, left0, rope0, v_boxes, 0, k_boxes,
+            full[LEFT0], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr, stride_table_block, kv_head,
+            0, False, D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, V_AT, HAS_LEFT, LAYOUT,
+        )  # fmt: skip
+        mbarrier.wait(empty[RIGHT0], phase)
+        load_half(
+            block0, key0, first_key, key_end, right0, rope0, v_boxes, HALF, k_boxes,
+            full[RIGHT0], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr, stride_table_block, kv_head,
+            D_HALF, True, D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, V_AT, HAS_LEFT, LAYOUT,
+        )  # fmt: skip
+        if pairs == 0:
+            mbarrier.wait(q_ready, 0)  # the queries and one tile are wanted first
+        mbarrier.wait(empty[RIGHT1], phase)
+        load_half(
+            block1, key1, first_key, key_end, right1, rope1, v_boxes, 3 * HALF, k_boxes,
+            full[RIGHT1], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr, stride_table_block, kv_head,
+            D_HALF, False, D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, V_AT, HAS_LEFT, LAYOUT,
+        )  # fmt: skip
+        mbarrier.wait(empty[LEFT1], phase)
+        load_half(
+            block1, key1, first_key, key_end, left1, rope1, v_boxes, 2 * HALF, k_boxes,
+            full[LEFT1], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr, stride_table_block, kv_head,
+            0, True, D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, V_AT, HAS_LEFT, LAYOUT,
+        )  # fmt: skip
+        pairs += 1
+    return pairs
+
+
+@gluon.jit
+def produce(
+    v_smem, k_smem, full, empty, q_ready, walk, lengths, k_ptr, k, v_ptr, v, maps, table, kv_head,
+    D_HALF: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, K_AT: gl.constexpr, V_AT: gl.constexpr,
+    GROUP_SIZE: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SHARDED: gl.constexpr, BY_TMA: gl.constexpr,
+):  # fmt: skip
+    """Fill the halves of the two buffers, in the order in which they become free."""
+    LANES: gl.constexpr = min(D_K, COLUMNS) // VECTOR
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [PRODUCERS // 32, 1], [1, 0])
     part = gl.program_id(2)
     seq, unit, step, end_seq, end_unit, end_step = part_range(part, walk, SCHEDULED)
     first_seq = seq
@@ -86,38 +255,18 @@ def produce(
                 k_start = gl.load(lengths[2] + seq * lengths[3]).to(gl.int64)
             else:
                 table_ptr += seq.to(gl.int64) * table[1]
-            positions0 = key_begin + offs_n
-            for _key in range(key_begin, tl.maximum(key_end, key_begin + 1), 2 * TILE):
-                phase = (pairs & 1) ^ 1
-                positions1 = positions0 + TILE
-                block0, mask0 = find_blocks(
-                    positions0, first_key, key_end, table_ptr, table[2], BLOCK_SIZE, HAS_LEFT
-                )
-                block1, mask1 = find_blocks(
-                    positions1, first_key, key_end, table_ptr, table[2], BLOCK_SIZE, HAS_LEFT
-                )
-                rows0 = row_offsets(block0, positions0, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
-                rows1 = row_offsets(block1, positions1, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
-                mbarrier.wait(empty[LEFT0], phase)
-                copy_rows(left0, v_ptr, rows0, mask0, D_HALF, LAYOUT)
-                async_copy.mbarrier_arrive(full[LEFT0], increment_count=False)
-                mbarrier.wait(empty[RIGHT1], phase)
-                copy_rows(right1, v_ptr + D_HALF, rows1, mask1, D_HALF, LAYOUT)
-                async_copy.mbarrier_arrive(full[RIGHT1], increment_count=False)
-                mbarrier.wait(empty[RIGHT0], phase)
-                copy_rows(right0, v_ptr + D_HALF, rows0, mask0, D_HALF, LAYOUT)
-                if not ONE_ROW:
-                    rows0 = row_offsets(block0, positions0, k_start, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
-                copy_rows(k_smem.index(0), k_ptr, rows0, mask0, D_K, LAYOUT)
-                async_copy.mbarrier_arrive(full[RIGHT0], increment_count=False)
-                mbarrier.wait(empty[LEFT1], phase)
-                copy_rows(left1, v_ptr, rows1, mask1, D_HALF, LAYOUT)
-                if not ONE_ROW:
-                    rows1 = row_offsets(block1, positions1, k_start, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
-                copy_rows(k_smem.index(1), k_ptr, rows1, mask1, D_K, LAYOUT)
-                async_copy.mbarrier_arrive(full[LEFT1], increment_count=False)
-                pairs += 1
-                positions0 += 2 * TILE
+            if BY_TMA:
+                pairs = load_pairs(
+                    pairs, key_begin, key_end, first_key, v_smem, k_smem, full, empty, q_ready,
+                    k_ptr, k, v_ptr, v, maps[0], maps[1], k_start, table_ptr, table[2], kv_head,
+                    D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, max(V_AT, 0), HAS_LEFT, LAYOUT,
+                )  # fmt: skip
+            else:
+                pairs = copy_pairs(
+                    pairs, key_begin, key_end, first_key, v_smem, k_smem, full, empty, q_ready,
+                    k_ptr, k, v_ptr, v, k_start, table_ptr, table[2],
+                    D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, V_AT >= 0, HAS_LEFT, LAYOUT,
+                )  # fmt: skip
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
 
 
@@ -135,12 +284,12 @@ def keep_limits(
 
 
 @gluon.jit
-def weights_of(
-    scores, base_max, max_smem, limits_smem, key, all_begin, all_end, first_key, key_end,
+def mask_scores(
+    scores, limits_smem, key, all_begin, all_end, first_key, key_end,
     softmax_scale, softcap, cp_rank, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr, CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
 ):  # fmt: skip
-    """``(weights [ROWS, TILE], maxima, sums)`` of a tile; the maxima also go to shared memory."""
+    """The scores of a tile in base 2, ``[ROWS, TILE]``: those that a row does not see are MASKED."""
     scores = in_base_2(scores, softmax_scale, softcap, HAS_SOFTCAP)
     if CP_WORLD_SIZE > 1 or (key < all_begin) | (key + TILE > all_end):
         positions = gl.expand_dims(key + gl.arange(0, TILE, KEY), 0)
@@ -155,10 +304,25 @@ def weights_of(
             CP_WORLD_SIZE, CP_INTERLEAVE,
         )  # fmt: skip
         scores = gl.where(visible, scores, MASKED)
-    new_max = gl.maximum(base_max, gl.max(scores, 1))
-    max_smem.store(new_max)
-    weights = gl.exp2(scores - gl.expand_dims(new_max, 1))
-    return weights, new_max, gl.sum(weights, 1)
+    return scores
+
+
+@gluon.jit
+def next_reference(reference, scores):
+    """What weights are relative to from now on: a new maximum only where it lies far above the old one.
+
+    Weights are at most ``2 ** SLACK``, and accumulators need hardly ever be scaled after the first tiles.
+    Source: FlashAttention-4's conditional rescaling, https://github.com/Dao-AILab/flash-attention.
+    """
+    top = gl.max(scores, 1)
+    return gl.where(top > reference + SLACK, top, reference)
+
+
+@gluon.jit
+def has_changed(known, reference_smem):
+    """``(whether any row has a reference that is not known, the references)``: each warp asks for itself."""
+    new = reference_smem.load(EACH_WARP)
+    return gl.max((new != known).to(gl.int32), 0) > 0, new
 
 
 @gluon.jit
@@ -177,9 +341,9 @@ def score_right(q_v, v_tile, scores, D_HALF: gl.constexpr, USE_ACC: gl.constexpr
 
 @gluon.jit
 def finish(
-    acc, row_max, row_sum, other_sum, whole, q_start, first_row, num_rows, kv_head, first_line, sinks, out,
-    lse, partial, first_dim, zero, GROUP_SIZE: gl.constexpr, D_HALF: gl.constexpr, IS_LEFT: gl.constexpr,
-    OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, LAYOUT: gl.constexpr,
+    q_half, acc, reference, row_sum, other_sum, whole, q_start, first_row, num_rows, kv_head, first_line,
+    sinks, out, lse, partial, first_dim, zero, GROUP_SIZE: gl.constexpr, D_HALF: gl.constexpr,
+    IS_LEFT: gl.constexpr, OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Normalise one half of a unit's dimensions and write it: to ``out``, or to the partial results."""
     D_V: gl.constexpr = 2 * D_HALF
@@ -190,14 +354,14 @@ def finish(
     token = (q_start + rows // GROUP_SIZE).to(gl.int64)
     row_sum += other_sum
     some = row_sum > 0  # a row without keys stays empty, whatever its sink
-    anchor = row_max
+    anchor = reference
     if sinks[0] is not None:
         sink = gl.load(sinks[0] + head * sinks[1], mask=row_mask, other=0.0).to(gl.float32)
         sink = gl.where(whole, sink * LOG2_E, MASKED)  # else the combine kernel adds it
-        anchor = gl.maximum(row_max, sink)
-        row_sum = row_sum * gl.exp2(row_max - anchor) + gl.exp2(sink - anchor)
+        anchor = gl.maximum(reference, sink)
+        row_sum = row_sum * gl.exp2(reference - anchor) + gl.exp2(sink - anchor)
     row_sum = gl.where(some, row_sum, 1.0)
-    inverse = gl.where(some, gl.exp2(row_max - anchor) / row_sum, 0.0)
+    inverse = gl.where(some, gl.exp2(reference - anchor) / row_sum, 0.0)
     if IS_LEFT:
         row_lse = gl.where(some, anchor + gl.log2(row_sum), float("-inf"))
         if whole:
@@ -206,34 +370,39 @@ def finish(
         else:
             gl.store(partial[0] + partial[1].to(gl.int64) * D_V + first_line + offs_m, row_lse)
     result = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, LAYOUT)), 1)
-    acc_dims = first_dim + zero + gl.arange(0, D_HALF, gl.SliceLayout(0, LAYOUT))
-    acc_m = zero + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    acc_rows = first_row + acc_m
     if whole:
-        out_head = (kv_head * GROUP_SIZE + acc_rows % GROUP_SIZE).to(gl.int64)
-        out_token = (q_start + acc_rows // GROUP_SIZE).to(gl.int64)
-        out_rows = gl.multiple_of(out_token * out[1] + out_head * out[2], OUT_VECTOR)
-        offsets = acc_dims.to(gl.int64)
+        # By way of shared memory, where the queries were: rows are written 16 bytes a thread.
+        q_half.store(result.to(out[0].dtype.element_ty))
+        LANES: gl.constexpr = min(D_HALF // 8, 32)
+        STORE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+        out_rows = first_row + zero + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
+        out_head = (kv_head * GROUP_SIZE + out_rows % GROUP_SIZE).to(gl.int64)
+        out_token = (q_start + out_rows // GROUP_SIZE).to(gl.int64)
+        row_offsets = gl.multiple_of(out_token * out[1] + out_head * out[2], OUT_VECTOR)
+        offsets = (first_dim + gl.arange(0, D_HALF, gl.SliceLayout(0, STORE))).to(gl.int64)
         if not OUT_UNIT:
             offsets = offsets * out[3]
-        ptrs = out[0] + (gl.expand_dims(out_rows, 1) + gl.expand_dims(offsets, 0))
-        gl.store(ptrs, result.to(out[0].dtype.element_ty), mask=gl.expand_dims(acc_rows < num_rows, 1))
+        ptrs = out[0] + (gl.expand_dims(row_offsets, 1) + gl.expand_dims(offsets, 0))
+        gl.store(ptrs, q_half.load(STORE), mask=gl.expand_dims(out_rows < num_rows, 1))
     else:
+        acc_dims = first_dim + zero + gl.arange(0, D_HALF, gl.SliceLayout(0, LAYOUT))
+        acc_m = zero + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
         piece_ptr = partial[0] + first_line * D_V
         gl.store(piece_ptr + (gl.expand_dims(acc_m * D_V, 1) + gl.expand_dims(acc_dims, 0)), result)
 
 
 @gluon.jit
 def consume_left(
-    q_v_smem, q_k_smem, v_smem, k_smem, limits_smem, max0_smem, max1_smem, own_sum_smem, other_sum_smem,
-    full, empty, q_ready, max0_ready, max1_ready, p0_ready, p1_ready, own_done, other_done,
+    q_v_smem, q_k_smem, v_smem, k_smem, limits_smem, reference0_smem, reference1_smem,
+    own_sum_smem, other_sum_smem,
+    full, empty, q_ready, p0_ready, p1_ready, own_done, other_done,
     walk, lengths, q_v_ptr, q_v, sinks, out, lse, partial,
     softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
     D_HALF: gl.constexpr, Q_VECTOR: gl.constexpr, GROUP_SIZE: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
-    OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
+    OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, BY_TMA: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of the even tiles and of the left half of the output.
 
@@ -261,10 +430,10 @@ def consume_left(
                 GROUP_SIZE, HAS_LEFT, HAS_RIGHT, SHARDED,
             )  # fmt: skip
             num_rows = num_tokens * GROUP_SIZE
-            bring_queries(
-                q_v_smem.index(0).slice(0, D_HALF, dim=1), q_v_ptr, q_v, q_start, first_row, num_rows,
-                kv_head, GROUP_SIZE, ROWS, D_HALF, Q_VECTOR,
-            )  # fmt: skip
+            queries = load_queries(
+                q_v_ptr, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF, Q_VECTOR
+            )
+            q_v_smem.index(0).slice(0, D_HALF, dim=1).store(queries)
             fence_async_shared()
             mbarrier.arrive(q_ready, count=1)
             all_begin, all_end = seen_by_all(
@@ -274,16 +443,19 @@ def consume_left(
             keep_limits(limits_smem, first_row, total - num_tokens, walk, GROUP_SIZE, HAS_LEFT, HAS_RIGHT)
             acc = gl.zeros([ROWS, D_HALF], gl.float32, ACC)
             row_sum = gl.zeros([ROWS], gl.float32, ROW)
-            row_max = gl.full([ROWS], NOTHING, gl.float32, ROW)
+            reference = gl.full([ROWS], NOTHING, gl.float32, ROW)
+            known = gl.full([ROWS], NOTHING, gl.float32, EACH_WARP)  # the same once more
             mbarrier.wait(q_ready, turn & 1)
             zero = pairs >> 30
             v_tile = v_smem.index(zero)
             scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
             mbarrier.wait(full[LEFT0], pairs & 1)
-            fence_async_shared()
+            if not BY_TMA:
+                fence_async_shared()
             scores = score_left(q_v_smem.index(zero), v_tile, scores, D_HALF, False)
             mbarrier.wait(full[RIGHT0], pairs & 1)
-            fence_async_shared()
+            if not BY_TMA:
+                fence_async_shared()
             scores = score_right(q_v_smem.index(zero), v_tile, scores, D_HALF, True)
             rope = k_smem.index(zero).permute((1, 0))
             scores = warpgroup_mma(q_k_smem.index(zero), rope, scores, is_async=True)
@@ -296,47 +468,53 @@ def consume_left(
                 v_tile1 = v_smem.index(1 + zero)
                 p0_smem = k_smem.index(zero)
                 p1_smem = k_smem.index(1 + zero)
-                weights, max0, sums = weights_of(
-                    scores, row_max, max0_smem, limits_smem, key_begin + i * 2 * TILE, all_begin, all_end,
-                    first_key, key_end, softmax_scale, softcap, cp_rank, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                scores = mask_scores(
+                    scores, limits_smem, key_begin + i * 2 * TILE, all_begin, all_end, first_key, key_end,
+                    softmax_scale, softcap, cp_rank, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
                     CP_WORLD_SIZE, CP_INTERLEAVE,
                 )  # fmt: skip
-                mbarrier.arrive(max0_ready, count=1)
-                shrink = gl.exp2(row_max - max0)
-                row_sum = row_sum * shrink + sums
-                acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
-                own = gl.convert_layout(weights.to(dtype), WEIGHTS)
+                reference0 = next_reference(reference, scores)
+                reference0_smem.store(reference0)
+                weights = gl.exp2(scores - gl.expand_dims(reference0, 1))
+                rounded = weights.to(dtype)
+                sums = gl.sum(weights, 1)
+                p0_smem.store(rounded)
+                fence_async_shared()
+                mbarrier.arrive(p0_ready, count=1)
+                changed, known = has_changed(known, reference0_smem)
+                if changed:
+                    shrink = gl.exp2(reference - reference0)
+                    row_sum = row_sum * shrink
+                    acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                row_sum += sums
+                own = gl.convert_layout(rounded, WEIGHTS)
                 acc = warpgroup_mma(own, v_tile0.slice(0, D_HALF, dim=1), acc, is_async=True)
                 acc, own = warpgroup_mma_wait(0, deps=[acc, own])
                 mbarrier.arrive(empty[LEFT0], count=1)
-                mbarrier.wait(max1_ready, phase)
-                row_max = max1_smem.load(ROW)
-                shrink = gl.exp2(max0 - row_max)
-                p0_smem.store((weights * gl.expand_dims(shrink, 1)).to(dtype))
-                fence_async_shared()
-                mbarrier.arrive(p0_ready, count=1)
-                row_sum = row_sum * shrink
-                acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
                 mbarrier.wait(p1_ready, phase)
-                # A name of its own: it is on its way over the ends of both branches.
-                flying = warpgroup_mma(p1_smem, v_tile1.slice(0, D_HALF, dim=1), acc, is_async=True)
+                reference = reference1_smem.load(ROW)
+                changed, known = has_changed(known, reference1_smem)
+                if changed:
+                    shrink = gl.exp2(reference0 - reference)
+                    row_sum = row_sum * shrink
+                    acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                acc = warpgroup_mma(p1_smem, v_tile1.slice(0, D_HALF, dim=1), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(empty[LEFT1], count=1)
                 pairs += 1
                 if i + 1 < num_pairs:
                     scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
                     mbarrier.wait(full[LEFT0], phase ^ 1)
-                    fence_async_shared()
+                    if not BY_TMA:
+                        fence_async_shared()
                     scores = score_left(q_v_smem.index(zero), v_tile0, scores, D_HALF, False)
-                    acc = warpgroup_mma_wait(1, deps=[flying])
-                    mbarrier.arrive(empty[LEFT1], count=1)
                     mbarrier.wait(full[RIGHT0], phase ^ 1)
-                    fence_async_shared()
+                    if not BY_TMA:
+                        fence_async_shared()
                     scores = score_right(q_v_smem.index(zero), v_tile0, scores, D_HALF, True)
                     rope = p0_smem.permute((1, 0))
                     scores = warpgroup_mma(q_k_smem.index(zero), rope, scores, is_async=True)
                     scores = warpgroup_mma_wait(0, deps=[scores])
-                else:
-                    acc = warpgroup_mma_wait(0, deps=[flying])
-                    mbarrier.arrive(empty[LEFT1], count=1)
             own_sum_smem.store(row_sum)
             mbarrier.arrive(own_done, count=1)
             mbarrier.wait(other_done, turn & 1)
@@ -345,8 +523,9 @@ def consume_left(
                 ROWS, SCHEDULED,
             )  # fmt: skip
             finish(
-                acc, row_max, row_sum, other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head,
-                first_line, sinks, out, lse, partial, 0, gl.multiple_of(pairs >> 30, 16), GROUP_SIZE,
+                q_v_smem.index(0).slice(0, D_HALF, dim=1), acc, reference, row_sum,
+                other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head, first_line,
+                sinks, out, lse, partial, 0, gl.multiple_of(pairs >> 30, 16), GROUP_SIZE,
                 D_HALF, True, OUT_UNIT, OUT_VECTOR, ACC,
             )  # fmt: skip
             turn += 1
@@ -355,15 +534,16 @@ def consume_left(
 
 @gluon.jit
 def consume_right(
-    q_v_smem, q_k_smem, v_smem, k_smem, limits_smem, max0_smem, max1_smem, own_sum_smem, other_sum_smem,
-    full, empty, q_ready, max0_ready, max1_ready, p0_ready, p1_ready, own_done, other_done,
+    q_v_smem, q_k_smem, v_smem, k_smem, limits_smem, reference0_smem, reference1_smem,
+    own_sum_smem, other_sum_smem,
+    full, empty, q_ready, p0_ready, p1_ready, own_done, other_done,
     walk, lengths, q_v_ptr, q_v, q_k_ptr, q_k, sinks, out, lse, partial,
     softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
     D_HALF: gl.constexpr, D_K: gl.constexpr, Q_VECTOR: gl.constexpr, GROUP_SIZE: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
-    OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
+    OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, BY_TMA: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of the odd tiles and of the right half of the output."""
     SHARDED: gl.constexpr = CP_WORLD_SIZE > 1
@@ -388,14 +568,15 @@ def consume_right(
                 GROUP_SIZE, HAS_LEFT, HAS_RIGHT, SHARDED,
             )  # fmt: skip
             num_rows = num_tokens * GROUP_SIZE
-            bring_queries(
-                q_v_smem.index(0).slice(D_HALF, D_HALF, dim=1), q_v_ptr + D_HALF, q_v, q_start, first_row,
-                num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF, Q_VECTOR,
+            queries = load_queries(
+                q_v_ptr + D_HALF, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF,
+                Q_VECTOR,
             )  # fmt: skip
-            bring_queries(
-                q_k_smem.index(0), q_k_ptr, q_k, q_start, first_row, num_rows, kv_head,
-                GROUP_SIZE, ROWS, D_K, Q_VECTOR,
-            )  # fmt: skip
+            rope = load_queries(
+                q_k_ptr, q_k, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_K, Q_VECTOR
+            )
+            q_v_smem.index(0).slice(D_HALF, D_HALF, dim=1).store(queries)
+            q_k_smem.index(0).store(rope)
             fence_async_shared()
             mbarrier.arrive(q_ready, count=1)
             all_begin, all_end = seen_by_all(
@@ -405,7 +586,8 @@ def consume_right(
             keep_limits(limits_smem, first_row, total - num_tokens, walk, GROUP_SIZE, HAS_LEFT, HAS_RIGHT)
             acc = gl.zeros([ROWS, D_HALF], gl.float32, ACC)
             row_sum = gl.zeros([ROWS], gl.float32, ROW)
-            row_max = gl.full([ROWS], NOTHING, gl.float32, ROW)
+            reference = gl.full([ROWS], NOTHING, gl.float32, ROW)
+            known = gl.full([ROWS], NOTHING, gl.float32, EACH_WARP)  # the same once more
             mbarrier.wait(q_ready, turn & 1)
             num_pairs = tl.maximum((key_end - key_begin + 2 * TILE - 1) // (2 * TILE), 1)
             for i in range(num_pairs):
@@ -417,37 +599,49 @@ def consume_right(
                 p1_smem = k_smem.index(1 + zero)
                 scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
                 mbarrier.wait(full[RIGHT1], phase)
-                fence_async_shared()
+                if not BY_TMA:
+                    fence_async_shared()
                 scores = score_right(q_v_smem.index(zero), v_tile1, scores, D_HALF, False)
                 mbarrier.wait(full[LEFT1], phase)
-                fence_async_shared()
+                if not BY_TMA:
+                    fence_async_shared()
                 scores = score_left(q_v_smem.index(zero), v_tile1, scores, D_HALF, True)
                 scores = warpgroup_mma(q_k_smem.index(zero), p1_smem.permute((1, 0)), scores, is_async=True)
                 scores = warpgroup_mma_wait(0, deps=[scores])
-                mbarrier.wait(max0_ready, phase)
-                max0 = max0_smem.load(ROW)
-                weights, max1, sums = weights_of(
-                    scores, max0, max1_smem, limits_smem, key_begin + (i * 2 + 1) * TILE, all_begin, all_end,
-                    first_key, key_end, softmax_scale, softcap, cp_rank, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                mbarrier.wait(p0_ready, phase)
+                reference0 = reference0_smem.load(ROW)
+                changed, known = has_changed(known, reference0_smem)
+                if changed:
+                    shrink = gl.exp2(reference - reference0)
+                    row_sum = row_sum * shrink
+                    acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                # The left one's weights are multiplied while exponentials are taken here.
+                flying = warpgroup_mma(p0_smem, v_tile0.slice(D_HALF, D_HALF, dim=1), acc, is_async=True)
+                scores = mask_scores(
+                    scores, limits_smem, key_begin + (i * 2 + 1) * TILE, all_begin, all_end, first_key,
+                    key_end, softmax_scale, softcap, cp_rank, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
                     CP_WORLD_SIZE, CP_INTERLEAVE,
                 )  # fmt: skip
-                mbarrier.arrive(max1_ready, count=1)
-                shrink = gl.exp2(row_max - max1)
-                row_max = max1
-                row_sum = row_sum * shrink + sums
-                acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                reference = next_reference(reference0, scores)
+                reference1_smem.store(reference)
+                weights = gl.exp2(scores - gl.expand_dims(reference, 1))
                 rounded = weights.to(dtype)
-                own = gl.convert_layout(rounded, WEIGHTS)
-                acc = warpgroup_mma(own, v_tile1.slice(D_HALF, D_HALF, dim=1), acc, is_async=True)
                 p1_smem.store(rounded)
                 fence_async_shared()
                 mbarrier.arrive(p1_ready, count=1)
-                mbarrier.wait(p0_ready, phase)
-                acc = warpgroup_mma(p0_smem, v_tile0.slice(D_HALF, D_HALF, dim=1), acc, is_async=True)
-                acc, own = warpgroup_mma_wait(1, deps=[acc, own])
-                mbarrier.arrive(empty[RIGHT1], count=1)
-                acc = warpgroup_mma_wait(0, deps=[acc])
+                changed, known = has_changed(known, reference1_smem)
+                sums = gl.sum(weights, 1)
+                own = gl.convert_layout(rounded, WEIGHTS)
+                acc = warpgroup_mma_wait(0, deps=[flying])
                 mbarrier.arrive(empty[RIGHT0], count=1)
+                if changed:
+                    shrink = gl.exp2(reference0 - reference)
+                    row_sum = row_sum * shrink
+                    acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                row_sum += sums
+                acc = warpgroup_mma(own, v_tile1.slice(D_HALF, D_HALF, dim=1), acc, is_async=True)
+                acc, own = warpgroup_mma_wait(0, deps=[acc, own])
+                mbarrier.arrive(empty[RIGHT1], count=1)
                 pairs += 1
             own_sum_smem.store(row_sum)
             mbarrier.arrive(own_done, count=1)
@@ -457,8 +651,9 @@ def consume_right(
                 ROWS, SCHEDULED,
             )  # fmt: skip
             finish(
-                acc, row_max, row_sum, other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head,
-                first_line, sinks, out, lse, partial, D_HALF, gl.multiple_of(pairs >> 30, 16), GROUP_SIZE,
+                q_v_smem.index(0).slice(D_HALF, D_HALF, dim=1), acc, reference, row_sum,
+                other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head, first_line,
+                sinks, out, lse, partial, D_HALF, gl.multiple_of(pairs >> 30, 16), GROUP_SIZE,
                 D_HALF, False, OUT_UNIT, OUT_VECTOR, ACC,
             )  # fmt: skip
             turn += 1
@@ -471,6 +666,7 @@ def mla_wide_kernel(
     q_v_ptr, stride_q_v_token, stride_q_v_head,
     k_ptr, stride_k_page, stride_k_block, stride_k_token, stride_k_head,
     v_ptr, stride_v_page, stride_v_block, stride_v_token, stride_v_head,
+    k_map, v_map,  # tensor maps of the cache; None without TMA, and of V where it lies in K's rows
     block_table_ptr, stride_table_seq, stride_table_block,
     cu_seqlens_q_ptr, stride_cu_q,
     cu_seqlens_k_ptr, stride_cu_k,
@@ -494,6 +690,7 @@ def mla_wide_kernel(
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    BY_TMA: gl.constexpr,  # whole tiles come through the tensor maps
     CONSUMER_REGISTERS: gl.constexpr,  # the producer's are what is left
 ):  # fmt: skip
     """Attention of the rows of each unit over its keys, for one part.
@@ -502,7 +699,6 @@ def mla_wide_kernel(
     of ``decode_kernel``: ``[slots, num_kv_heads, rows_per_unit, D_V]``, then the lse.
     """
     gdc_launch_dependents()
-    WARPS: gl.constexpr = 4  # of the producer
     SHARDED: gl.constexpr = CP_WORLD_SIZE > 1
     D_HALF: gl.constexpr = D_V // 2
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -514,15 +710,13 @@ def mla_wide_kernel(
     k_smem = gl.allocate_shared_memory(dtype, [2, TILE, D_K], ROPE)
     limits0_smem = gl.allocate_shared_memory(gl.int32, [2, ROWS], PLAIN)
     limits1_smem = gl.allocate_shared_memory(gl.int32, [2, ROWS], PLAIN)
-    max0_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
-    max1_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
+    reference0_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
+    reference1_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
     sum0_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
     sum1_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
-    full = (barrier(32 * WARPS), barrier(32 * WARPS), barrier(32 * WARPS), barrier(32 * WARPS))
+    full = (barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS))
     empty = (barrier(1), barrier(1), barrier(1), barrier(1))
     q_ready = barrier(2)
-    max0_ready = barrier(1)
-    max1_ready = barrier(1)
     p0_ready = barrier(1)
     p1_ready = barrier(1)
     done0 = barrier(1)
@@ -550,6 +744,9 @@ def mla_wide_kernel(
         cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr, stride_seqused,
         cp_tot_ptr, stride_cp_tot,
     )  # fmt: skip
+    maps = (k_map, v_map)
+    if V_AT >= 0:
+        maps = (k_map, k_map)
     sinks = (sinks_ptr, stride_sinks)
     out = (out_ptr, stride_out_token, stride_out_head, stride_out_dim)
     lse = (lse_ptr, stride_lse_head)
@@ -560,27 +757,29 @@ def mla_wide_kernel(
                 out, lse, cu_seqlens_q_ptr, stride_cu_q, batch, kv_head, gl.program_id(2), gl.num_programs(2),
                 GROUP_SIZE, D_V,
             )  # fmt: skip
-    # The left warpgroup has scores under way beside its accumulator, and needs a little more.
+    # The left warpgroup has more values under way at once, and needs a little more.
     gl.warp_specialize([
         (produce, (
-            v_smem, k_smem, full, empty, walk, lengths, k_base, k, v_base, v, table,
-            D_HALF, D_K, VECTOR, WARPS, BLOCK_SIZE, BLOCKS_PER_PAGE, V_AT >= 0,
-            GROUP_SIZE, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
+            v_smem, k_smem, full, empty, q_ready, walk, lengths, k_base, k, v_base, v, maps, table, kv_head,
+            D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, V_AT,
+            GROUP_SIZE, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED, BY_TMA,
         )),
         (consume_left, (
-            q_v_smem, q_k_smem, v_smem, k_smem, limits0_smem, max0_smem, max1_smem, sum0_smem, sum1_smem,
-            full, empty, q_ready, max0_ready, max1_ready, p0_ready, p1_ready, done0, done1,
+            q_v_smem, q_k_smem, v_smem, k_smem, limits0_smem, reference0_smem, reference1_smem,
+            sum0_smem, sum1_smem,
+            full, empty, q_ready, p0_ready, p1_ready, done0, done1,
             walk, lengths, latent_ptr, latent, sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_HALF, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, BY_TMA,
         )),
         (consume_right, (
-            q_v_smem, q_k_smem, v_smem, k_smem, limits1_smem, max0_smem, max1_smem, sum1_smem, sum0_smem,
-            full, empty, q_ready, max0_ready, max1_ready, p0_ready, p1_ready, done1, done0,
+            q_v_smem, q_k_smem, v_smem, k_smem, limits1_smem, reference0_smem, reference1_smem,
+            sum1_smem, sum0_smem,
+            full, empty, q_ready, p0_ready, p1_ready, done1, done0,
             walk, lengths, latent_ptr, latent, q_ptr + K_AT, rope, sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_HALF, D_K, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, BY_TMA,
         )),
     ], [4, 4], [CONSUMER_REGISTERS + 8, CONSUMER_REGISTERS - 8])  # fmt: skip
