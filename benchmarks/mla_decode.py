@@ -3,8 +3,8 @@
     python benchmarks/mla_decode.py --peers .peers --json results.jsonl --plot roofline.png
     python benchmarks/mla_decode.py --backend triton
 
-Peers are FlashMLA and FlashAttention-3 as vLLM 0.25.0 ships them, and vLLM's Triton kernel, each called as
-its own project calls it. The last lines say which targets are met.
+Peers are FlashMLA and FlashAttention-3 as vLLM 0.25.0 ships them, FlashInfer, and vLLM's Triton kernel, each
+called as its own project calls it. The last lines say which targets are met.
 """
 
 from __future__ import annotations
