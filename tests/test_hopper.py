@@ -197,7 +197,7 @@ def test_strides_of_size_1_dimensions_do_not_matter() -> None:
     assert hopper.stride_refusals(problem) == []
 
 
-FIT = {
+FIT: dict[str, tuple[str, str, dict[str, Any], bool]] = {
     "packed": ("deepseek-v3-h128", "M1", {}, True),
     "one layer of many": ("deepseek-v3-h128", "M2", {}, True),
     "two buffers": ("deepseek-v3-q_v", "M9", {}, True),
