@@ -16,7 +16,7 @@ import torch
 from checks import attend
 from twins import layouts_of, packed_twin
 
-from anystride import UnsupportedError, explain, flash_attn_varlen_func, plan, warmup
+from anystride import UnsupportedError, explain, flash_attn_varlen_func, launch, plan, warmup
 from anystride.problem import Problem
 from anystride.testing import CASES, Case, Layout, find_case, find_layout, make_inputs
 from anystride.testing.rows import ROW_RECIPES, TABLE_RECIPES
@@ -235,6 +235,42 @@ def test_tma_has_no_use_for_expanded_blocks() -> None:
     inputs = make_inputs(case, find_layout("M1"), guard=False)
     k = inputs.kwargs["k"][:1].expand(inputs.kwargs["k"].shape)
     assert not hopper.maps_fit(problem_of(case, find_layout("M1"), k=k, v=k[..., :512]))
+
+
+def test_tma_has_no_use_for_a_cache_of_no_blocks() -> None:
+    case = find_case("deepseek-v3-h128")
+    k = torch.empty(0, 64, 1, 576, dtype=case.torch_dtype)
+    empty = torch.zeros(case.batch, dtype=torch.int32)
+    problem = problem_of(case, find_layout("M1"), k=k, v=k[..., :512], seqused_k=empty)
+    assert not hopper.maps_fit(problem)
+
+
+def test_a_plan_keeps_no_cache_alive_and_describes_that_of_each_call() -> None:
+    class Kernel:
+        """Stands for a compiled kernel."""
+
+        function, packed_metadata = 1, ()
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **constants: self
+
+        def run(self, *arguments: Any) -> None:
+            started.append(arguments)
+
+    started: list[tuple[Any, ...]] = []
+    first, second = torch.empty(2, 2, 64, 1, 576, dtype=torch.bfloat16)
+    problem = problem_of(find_case("deepseek-v3-h128"), find_layout("M1"))
+    described = hopper.tensor_map(problem, "k", problem.k_strides, problem.d_qk)
+    asked = launch.Launch(Kernel(), (1, 1, 1), (described, launch.Pointer("k")), {}, {})
+    ready = launch.first_start(asked, {"k": first})
+    assert ready is not None
+    assert all(value is not first for _place, _source, facts in ready.maps for value in facts.values())
+    launch._start([ready], 7, tuple(second if name == "k" else None for name in launch.SOURCES))
+    ((*_grid, stream, _function, _metadata, _none, _enter, _exit, descriptor, address),) = started
+    assert stream == 7
+    assert descriptor.base is second
+    assert descriptor.shape == list(described.sizes)
+    assert address == second.data_ptr()
 
 
 def test_a_tensor_map_has_the_cache_as_it_lies() -> None:

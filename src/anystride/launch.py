@@ -112,7 +112,7 @@ def first_start(launch: Launch, tensors: Mapping[str, Any]) -> Ready | None:
     arguments = [*before, *launch.arguments, *launch.constants.values()]
     places = tuple((i, SOURCES.index(x)) for i, x in enumerate(arguments) if isinstance(x, Pointer))
     maps = tuple(
-        (len(before) + i, SOURCES.index(x.name), vars(given[i]))
+        (len(before) + i, SOURCES.index(x.name), _facts(given[i]))
         for i, x in enumerate(launch.arguments)
         if isinstance(x, TensorMap)
     )
@@ -124,6 +124,11 @@ def _given(argument: Any, tensors: Mapping[str, Any]) -> Any:
         name, *facts = argument
         return TensorDescriptor(tensors[name], *(list(x) for x in facts[:-1]), facts[-1])
     return tensors[argument] if isinstance(argument, Pointer) else argument
+
+
+def _facts(descriptor: TensorDescriptor) -> dict[str, Any]:
+    """What it says but for the tensor: a plan must not keep a cache alive."""
+    return {name: value for name, value in vars(descriptor).items() if name != "base"}
 
 
 def first_run(launches: list[Launch], tensors: Mapping[str, Any], device: torch.device) -> list[Ready]:

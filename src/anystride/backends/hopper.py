@@ -102,13 +102,13 @@ def maps_fit(problem: Problem) -> bool:
     """Whether TMA can read the cache tile by tile.
 
     It asks for a base and strides that are multiples of 16 bytes, for strides below 2^40 bytes and none of 0,
-    and here for tiles that lie in one block each.
+    for no empty dimension, and here for tiles that lie in one block each.
     """
     p = problem
     itemsize = p.k_dtype.itemsize
     for strides, d in ((p.k_strides, p.d_qk), (p.v_strides, p.d_v)):
         for size, stride in zip(map_sizes(p, d)[:-1], map_strides(strides)[:-1], strict=True):
-            if size > 1 and not 0 < stride * itemsize < 1 << 40:
+            if size == 0 or (size > 1 and not 0 < stride * itemsize < 1 << 40):
                 return False
     aligned = row_vector(p) * itemsize >= 16 and rope_dims(p) % COLUMNS == 0
     return aligned and (not p.paged or p.block_size % STEP == 0)
