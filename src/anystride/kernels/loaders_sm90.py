@@ -1,4 +1,4 @@
-"""How Hopper's kernels bring rows into shared memory: queries by plain loads, the cache by TMA or cp.async.
+"""How Hopper's kernels bring rows of the cache into shared memory: by TMA, or by cp.async.
 
 TMA reads through a tensor map: base, sizes and strides of the cache as it lies, ``[pages, blocks of a page,
 KV heads, tokens of a block, d]``, and boxes of 64 tokens and 64 dimensions, each in one block. It asks for
