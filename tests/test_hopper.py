@@ -354,6 +354,13 @@ def test_compiles_and_fits(name: str) -> None:
     assert decode.assembly.count("setmaxnreg") >= 4, "the registers asked for were not granted"
 
 
+def test_the_combine_kernel_waits_even_if_nothing_was_cut() -> None:
+    assembly = compiled("h16")[-1].assembly
+    first_wait = assembly.index("griddepcontrol.wait")
+    assert first_wait < assembly.index("ld.global"), "a program may leave before it has waited"
+    assert assembly.count("griddepcontrol.wait") == 2  # the second: for those who combine
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_nothing_is_spilled_where_it_matters(name: str) -> None:
     decode = compiled(name)[-2]

@@ -51,6 +51,11 @@ def combine_kernel(
     """
     kv_head = tl.program_id(1)
     index = tl.program_id(2)
+    if OVERLAP:
+        # One program waits whatever it finds to do. The grid may not end before the decode kernel has: what
+        # comes next in a graph waits for this grid only.
+        if (tl.program_id(0) == 0) & (kv_head == 0) & (index == 0):
+            gdc_wait()
     if SCHEDULED:
         if is_foreign(metadata_ptr, rows_per_unit, batch):
             return  # the decode kernel has answered with NaN
