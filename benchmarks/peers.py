@@ -54,18 +54,8 @@ def _load_flashinfer(wheels: Path) -> None:
     if not files:
         raise OSError(f"no wheels in {wheels}")
     folder = tempfile.mkdtemp(prefix="flashinfer")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        "--target",
-        folder,
-    ]
-    subprocess.run([*command, *files], check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*install, "--target", folder, *files], check=True)
     sys.path.append(folder)
     importlib.import_module("flashinfer.mla")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from checks import assert_right, attend
@@ -14,12 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import layouts_of
 
-from anystride import get_scheduler_metadata
+from anystride import get_scheduler_metadata, plan
+from anystride.backends import hopper
 from anystride.testing import Case, Inputs, find_case, find_layout, make_inputs
 
 __all__ = [
     "DEVICE", "FAULTS", "STEP", "Engine", "OperatorArguments", "Result", "assert_alone_is_the_same",
-    "assert_same_bits", "assert_spoilt_gives_nan", "metadata_of", "run", "seconds_of",
+    "assert_same_bits", "assert_spoilt_gives_nan", "by_tma", "metadata_of", "run", "seconds_of",
 ]  # fmt: skip
 
 DEVICE = "cuda"
@@ -32,6 +35,17 @@ def run(inputs: Inputs, backend: str = "triton", **others: Any) -> Result:
     out, lse = attend(inputs, backend, **others)
     assert_right(inputs, out, lse)
     return out, lse
+
+
+@contextmanager
+def by_tma() -> Iterator[None]:
+    """Let ``hopper`` load by TMA whatever it costs, wherever TMA can read the cache."""
+    plan._PLANS.clear()  # plans do not know about it
+    try:
+        with mock.patch.object(hopper, "loads_by_tma", lambda problem, *_: hopper.maps_fit(problem)):
+            yield
+    finally:
+        plan._PLANS.clear()
 
 
 def assert_same_bits(left: Result, right: Result) -> None:

@@ -15,13 +15,12 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import sys
 from dataclasses import replace
-from unittest import mock
 
 import torch
 from checks import assert_right, attend
+from device import by_tma
 
-from anystride import UnsupportedError, get_scheduler_metadata, plan
-from anystride.backends import hopper
+from anystride import UnsupportedError, get_scheduler_metadata
 from anystride.testing import Inputs, find_case, find_layout, make_inputs
 
 # Case, layout, strides of q and out, strides of the table.
@@ -67,10 +66,8 @@ def calls(backend: str, inputs: Inputs, metadata: torch.Tensor | None) -> None:
     for given in ({}, {"scheduler_metadata": metadata}, {"num_splits": 3}):
         assert_right(inputs, *attend(inputs, backend, **given))
     if backend == "hopper":
-        plan._PLANS.clear()
-        with mock.patch.object(hopper, "loads_by_tma", lambda problem, *_: hopper.maps_fit(problem)):
+        with by_tma():
             assert_right(inputs, *attend(inputs, backend, scheduler_metadata=metadata))
-        plan._PLANS.clear()
 
 
 def main() -> int:

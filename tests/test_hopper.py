@@ -31,6 +31,7 @@ from device import (  # noqa: E402
     assert_alone_is_the_same,
     assert_same_bits,
     assert_spoilt_gives_nan,
+    by_tma,
     metadata_of,
     run,
 )
@@ -403,24 +404,14 @@ def test_case_in_layout_is_right_and_its_bits_are_those_of_packed(case: Case, la
             assert_same_bits(result, run(twin, "hopper"))
 
 
-@pytest.fixture
-def by_tma(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Load by TMA whatever it costs, wherever it can read the cache."""
-    monkeypatch.setattr(hopper, "loads_by_tma", lambda problem, *_: hopper.maps_fit(problem))
-    plan._PLANS.clear()
-    yield
-    plan._PLANS.clear()
-
-
 @gpu
 @pytest.mark.parametrize(("case", "layout"), [x for x in meetings() if is_wide(x.values[0])])
-def test_tma_changes_no_bit(case: Case, layout: Layout, by_tma: None, request: pytest.FixtureRequest) -> None:
+def test_tma_changes_no_bit(case: Case, layout: Layout) -> None:
     inputs = make_inputs(case, layout, DEVICE)
     if layout.name in NOT_TAKEN:
         pytest.skip("refused")
-    result = run(inputs, "hopper")
-    request.getfixturevalue("monkeypatch").undo()
-    plan._PLANS.clear()
+    with by_tma():
+        result = run(inputs, "hopper")
     assert_same_bits(result, attend(inputs, "hopper"))
 
 

@@ -18,7 +18,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from anystride.problem import Call
 
-_NEW = object.__new__
 STREAM = 3  # its position among a launcher's arguments
 
 
@@ -163,7 +162,7 @@ def _start(ready: list[Ready], stream: int, sources: tuple[Any, ...]) -> None:
         for place, source in places:
             arguments[place] = sources[source].data_ptr()
         for place, source, facts in maps:
-            described = _NEW(TensorDescriptor)  # without its checks, which the first call has passed
+            described = object.__new__(TensorDescriptor)  # without its checks: the first call has passed them
             described.__dict__ = facts | {"base": sources[source]}
             arguments[place] = described
         calls.append((launch, arguments))

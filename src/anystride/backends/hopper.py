@@ -264,7 +264,7 @@ def config_for(problem: Problem, target: Target) -> Config:
     if is_narrow(tiles):
         constants["TILE_M"] = tiles.m
     else:
-        constants["BY_TMA"] = loads_by_tma(p, split.rows, target.processors)
+        constants["BY_TMA"] = loads_by_tma(p, split.rows, programs(p, target))
     constants["CONSUMER_REGISTERS"] = tiles.consumer_registers
     return Config(tiles, split, constants)
 
@@ -275,8 +275,9 @@ def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
     maps: tuple[TensorMap | None, ...] = () if is_narrow(config.tiles) else (None, None)
     if config.constants.get("BY_TMA"):
         k_map = tensor_map(problem, "k", problem.k_strides, problem.d_qk)
-        v_map = tensor_map(problem, "v", problem.v_strides, problem.d_v)
-        maps = (k_map, v_map if config.constants["V_AT"] < 0 else None)
+        maps = (k_map, None)
+        if config.constants["V_AT"] < 0:
+            maps = (k_map, tensor_map(problem, "v", problem.v_strides, problem.d_v))
     # fmt: off
     arguments = (
         pointer(call, "q"), *problem.q_strides[:2],

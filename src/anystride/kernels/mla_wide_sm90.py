@@ -326,6 +326,21 @@ def has_changed(known, reference_smem):
 
 
 @gluon.jit
+def rescale(acc, row_sum, old, new, ACC_ROW: gl.constexpr):
+    """What has been summed relative to old references, relative to new ones."""
+    shrink = gl.exp2(old - new)
+    return acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1), row_sum * shrink
+
+
+@gluon.jit
+def wait_full(bar, phase, BY_TMA: gl.constexpr):
+    """Wait for a half of a tile; wgmma sees what TMA wrote, and what cp.async wrote behind a fence."""
+    mbarrier.wait(bar, phase)
+    if not BY_TMA:
+        fence_async_shared()
+
+
+@gluon.jit
 def score_left(q_v, v_tile, scores, D_HALF: gl.constexpr, USE_ACC: gl.constexpr):
     """Start the products of the left half of the latent."""
     keys = v_tile.slice(0, D_HALF, dim=1).permute((1, 0))
@@ -449,13 +464,9 @@ def consume_left(
             zero = pairs >> 30
             v_tile = v_smem.index(zero)
             scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
-            mbarrier.wait(full[LEFT0], pairs & 1)
-            if not BY_TMA:
-                fence_async_shared()
+            wait_full(full[LEFT0], pairs & 1, BY_TMA)
             scores = score_left(q_v_smem.index(zero), v_tile, scores, D_HALF, False)
-            mbarrier.wait(full[RIGHT0], pairs & 1)
-            if not BY_TMA:
-                fence_async_shared()
+            wait_full(full[RIGHT0], pairs & 1, BY_TMA)
             scores = score_right(q_v_smem.index(zero), v_tile, scores, D_HALF, True)
             rope = k_smem.index(zero).permute((1, 0))
             scores = warpgroup_mma(q_k_smem.index(zero), rope, scores, is_async=True)
@@ -483,9 +494,7 @@ def consume_left(
                 mbarrier.arrive(p0_ready, count=1)
                 changed, known = has_changed(known, reference0_smem)
                 if changed:
-                    shrink = gl.exp2(reference - reference0)
-                    row_sum = row_sum * shrink
-                    acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                    acc, row_sum = rescale(acc, row_sum, reference, reference0, ACC_ROW)
                 row_sum += sums
                 own = gl.convert_layout(rounded, WEIGHTS)
                 acc = warpgroup_mma(own, v_tile0.slice(0, D_HALF, dim=1), acc, is_async=True)
@@ -495,22 +504,16 @@ def consume_left(
                 reference = reference1_smem.load(ROW)
                 changed, known = has_changed(known, reference1_smem)
                 if changed:
-                    shrink = gl.exp2(reference0 - reference)
-                    row_sum = row_sum * shrink
-                    acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                    acc, row_sum = rescale(acc, row_sum, reference0, reference, ACC_ROW)
                 acc = warpgroup_mma(p1_smem, v_tile1.slice(0, D_HALF, dim=1), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(empty[LEFT1], count=1)
                 pairs += 1
                 if i + 1 < num_pairs:
                     scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
-                    mbarrier.wait(full[LEFT0], phase ^ 1)
-                    if not BY_TMA:
-                        fence_async_shared()
+                    wait_full(full[LEFT0], phase ^ 1, BY_TMA)
                     scores = score_left(q_v_smem.index(zero), v_tile0, scores, D_HALF, False)
-                    mbarrier.wait(full[RIGHT0], phase ^ 1)
-                    if not BY_TMA:
-                        fence_async_shared()
+                    wait_full(full[RIGHT0], phase ^ 1, BY_TMA)
                     scores = score_right(q_v_smem.index(zero), v_tile0, scores, D_HALF, True)
                     rope = p0_smem.permute((1, 0))
                     scores = warpgroup_mma(q_k_smem.index(zero), rope, scores, is_async=True)
@@ -598,13 +601,9 @@ def consume_right(
                 p0_smem = k_smem.index(zero)
                 p1_smem = k_smem.index(1 + zero)
                 scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
-                mbarrier.wait(full[RIGHT1], phase)
-                if not BY_TMA:
-                    fence_async_shared()
+                wait_full(full[RIGHT1], phase, BY_TMA)
                 scores = score_right(q_v_smem.index(zero), v_tile1, scores, D_HALF, False)
-                mbarrier.wait(full[LEFT1], phase)
-                if not BY_TMA:
-                    fence_async_shared()
+                wait_full(full[LEFT1], phase, BY_TMA)
                 scores = score_left(q_v_smem.index(zero), v_tile1, scores, D_HALF, True)
                 scores = warpgroup_mma(q_k_smem.index(zero), p1_smem.permute((1, 0)), scores, is_async=True)
                 scores = warpgroup_mma_wait(0, deps=[scores])
@@ -612,9 +611,7 @@ def consume_right(
                 reference0 = reference0_smem.load(ROW)
                 changed, known = has_changed(known, reference0_smem)
                 if changed:
-                    shrink = gl.exp2(reference - reference0)
-                    row_sum = row_sum * shrink
-                    acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                    acc, row_sum = rescale(acc, row_sum, reference, reference0, ACC_ROW)
                 # The left one's weights are multiplied while exponentials are taken here.
                 flying = warpgroup_mma(p0_smem, v_tile0.slice(D_HALF, D_HALF, dim=1), acc, is_async=True)
                 scores = mask_scores(
@@ -635,9 +632,7 @@ def consume_right(
                 acc = warpgroup_mma_wait(0, deps=[flying])
                 mbarrier.arrive(empty[RIGHT0], count=1)
                 if changed:
-                    shrink = gl.exp2(reference0 - reference)
-                    row_sum = row_sum * shrink
-                    acc = acc * gl.expand_dims(gl.convert_layout(shrink, ACC_ROW), 1)
+                    acc, row_sum = rescale(acc, row_sum, reference0, reference, ACC_ROW)
                 row_sum += sums
                 acc = warpgroup_mma(own, v_tile1.slice(D_HALF, D_HALF, dim=1), acc, is_async=True)
                 acc, own = warpgroup_mma_wait(0, deps=[acc, own])
