@@ -64,7 +64,7 @@ def metadata_of(inputs: Inputs, **others: Any) -> Tensor:
     )  # fmt: skip
 
 
-FAULTS = ("zeroed", "of another batch", "of other heads")
+FAULTS = ("zeroed", "of another batch", "of other heads", "cut short")
 
 
 def assert_spoilt_gives_nan(inputs: Inputs, fault: str, backend: str) -> None:
@@ -72,6 +72,8 @@ def assert_spoilt_gives_nan(inputs: Inputs, fault: str, backend: str) -> None:
     metadata = metadata_of(inputs)
     if fault == "zeroed":
         metadata.zero_()
+    elif fault == "cut short":
+        metadata = metadata[:-16]  # a part is missing, for which others would wait
     else:
         metadata[1 if fault == "of other heads" else 2] += 16
     out, lse = attend(inputs, backend, scheduler_metadata=metadata)

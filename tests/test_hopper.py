@@ -5,7 +5,6 @@ pytest tests/test_hopper.py -m gpu -n 8
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +15,8 @@ import torch
 from checks import attend
 from twins import layouts_of, packed_twin
 
-from anystride import UnsupportedError, explain, flash_attn_varlen_func, launch, plan, warmup
-from anystride.problem import Problem
+from anystride import UnsupportedError, explain, flash_attn_varlen_func, launch, plan, warmup, work
+from anystride.problem import Problem, bucket
 from anystride.testing import CASES, Case, Layout, find_case, find_layout, make_inputs
 from anystride.testing.rows import ROW_RECIPES, TABLE_RECIPES
 
@@ -36,7 +35,7 @@ from device import (  # noqa: E402
     run,
 )
 from offline import Binary, compile_call  # noqa: E402
-from test_compile import Shape  # noqa: E402
+from test_compile import BATCH, Shape  # noqa: E402
 
 from anystride.backends import hopper  # noqa: E402
 
@@ -301,6 +300,11 @@ SHAPES = {
     "features": Shape(
         "deepseek-v3-h16", "M1", {"window": (200, 0), "softcap": 30.0, "sinks": True, "q_lens": (1,)}
     ),
+    "alone": Shape("deepseek-v3-h16", "M1"),
+    "few": Shape("deepseek-v3-h16", "M1"),
+    "h20-alone": Shape("glm-4.7-flash", "M1"),
+    "h20-few": Shape("glm-4.7-flash", "M1"),
+    "d64-alone": Shape("d-row-96-64", "M1", {"num_q_heads": 16}),
     "h64": Shape("kimi-k2", "M1"),
     "h128": Shape("deepseek-v3-h128", "M2"),
     "h128-q_v": Shape("deepseek-v3-q_v", "M9", {"num_q_heads": 128}),
@@ -310,32 +314,80 @@ SHAPES = {
     "tma-rank-256": Shape("mistral-small-4", "M15", {"num_q_heads": 128}),
     "h128-speculative": Shape("deepseek-v3-h128", "M1", {"q_lens": (2,)}),
     "h128-rank-256": Shape("mistral-small-4", "M15", {"num_q_heads": 128}),
+    "h128-alone": Shape("deepseek-v3-h128", "M2"),
+    "h128-few": Shape("deepseek-v3-h128", "M2"),
+    "h128-rank-256-few": Shape("mistral-small-4", "M15", {"num_q_heads": 128}),
     "h128-features": Shape("deepseek-v3-h128", "M1", {"window": (200, 0), "softcap": 30.0, "sinks": True}),
 }
 MANY = 80  # sequences, so many that it pays to load by TMA
+FEW = {"alone": 1, "few": 12}  # so few that many parts share a unit, and combine other tiles of it
 WIDE = tuple(name for name in SHAPES if name.startswith(("h64", "h128", "tma")))
 BY_TMA = ("tma", "tma-q_v", "tma-rank-256", "h128-speculative")
 # Where nothing spills at all, not even at the ends of a unit or in the producer.
-CLEAN = ("h16", "h8", "q_v", "block-1", "splits", "float16")
+CLEAN = ("h16", "h8", "q_v", "block-1", "splits", "float16", "few")
 # The ptxas of Triton 3.9 keeps a few addresses on the stack in the loops, too, where those before it do not.
 ALLOWED = 6 if int(triton.__version__.split(".")[1]) >= 9 else 0
 
 
 def compiled(name: str) -> list[Binary]:
     """The kernels of a shape."""
-    kwargs = SHAPES[name].kwargs(MANY) if name.startswith("tma") else SHAPES[name].kwargs()
-    return compile_call(kwargs, "sm_90", "hopper")
+    batch = MANY if name.startswith("tma") else FEW.get(name.split("-")[-1], BATCH)
+    return compile_call(SHAPES[name].kwargs(batch), "sm_90", "hopper")
+
+
+def decode_kernel(name: str) -> Binary:
+    """The one of them that decodes."""
+    (decode,) = (binary for binary in compiled(name) if binary.kernel.startswith("mla_"))
+    return decode
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 12, 16, 31, 64, 200])
+@pytest.mark.parametrize("name", ["deepseek-v3-h16", "deepseek-v3-h8", "glm-4.7-flash", "deepseek-v3-h128"])
+def test_what_is_combined_at_once_is_a_share_and_fits(name: str, batch: int) -> None:
+    case = find_case(name)
+    problem = replace(problem_of(case, layouts_of(case)[0]), batch=batch, max_keys=1 << 17)
+    target = launch.Target("cuda", 90, 132, 232448)
+    split = work.split_work(problem, target, target.processors)
+    shares, lines, dims = hopper.combine_tile(problem, split, target)
+    tile_rows = hopper.choose_tiles(problem).m
+    assert shares * lines * dims <= hopper.COMBINE_VALUES
+    assert tile_rows % lines == 0
+    assert problem.d_v % dims == 0
+    assert dims % 32 == 0  # a line of memory
+    most = split.parts // batch + 2  # of a unit
+    if batch in (12, 16, 64):
+        assert shares >= split.parts // bucket(batch), "several turns for what is read in one"
+    assert shares < 4 * most
+    assert 2 * most * lines * dims >= tile_rows * problem.d_v / 8, "each warpgroup has many tiles to combine"
+
+
+def test_who_combines() -> None:
+    target = launch.Target("cuda", 90, 132, 232448)
+    case = find_case("deepseek-v3-h16")
+    problem = problem_of(case, layouts_of(case)[0])
+    assert hopper.config_for(problem, target).constants["SHARES"] > 0
+    for change in ({"num_splits": 3}, {"batch_invariant": True}, {"max_seqlen_q": 200}):
+        # Parts that count no arrivals, and more programs than run at once.
+        assert hopper.config_for(replace(problem, **change), target).constants["SHARES"] == 0, change
 
 
 def main_loops(sass: str) -> list[str]:
-    """Instructions between the first and the last product of each consumer: its main loop."""
-    lines = [line for line in sass.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,5}\*/", line)]
-    products = [i for i, line in enumerate(lines) if "HGMMA" in line]
-    # The two warpgroups' code lies one after the other: the largest gap between products is between them.
-    gaps = [after - before for before, after in itertools.pairwise(products)]
-    cut = gaps.index(max(gaps)) + 1
-    spans = (products[:cut], products[cut:])
-    return [line for span in spans for line in lines[span[0] : span[-1]]]
+    """Instructions of the innermost loops with products: those over tiles, one of each consumer."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/(.*)", sass, re.MULTILINE)
+    code = [(int(address, 16), text) for address, text in found]
+    products = [address for address, text in code if "HGMMA" in text]
+    loops = set()
+    for address, text in code:
+        branch = re.search(r"@.* BRA(?:\.\w+)* .*?0x([0-9a-f]+)", text)  # back from where a wait spins: no @
+        if branch and any(int(branch[1], 16) <= product <= address for product in products):
+            loops.add((int(branch[1], 16), address))
+    inner = [
+        (begin, end)
+        for begin, end in loops
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
+    ]
+    assert len(inner) == 2, "a loop for each warpgroup that computes"
+    return [text for address, text in code if any(begin <= address <= end for begin, end in inner)]
 
 
 def spills(lines: list[str]) -> int:
@@ -347,8 +399,11 @@ def spills(lines: list[str]) -> int:
 def test_compiles_and_fits(name: str) -> None:
     binaries = compiled(name)
     names = [binary.kernel for binary in binaries]
-    assert names[-2:] == ["mla_wide_kernel" if name in WIDE else "mla_narrow_kernel", "combine_kernel"]
-    decode = binaries[-2]
+    decode = decode_kernel(name)
+    # Parts that the schedule did not make count no arrivals: a launch of its own combines them.
+    others = {"combine_kernel"} if name == "splits" else {"schedule_kernel"}
+    assert {*names} == {decode.kernel} | others
+    assert decode.kernel == ("mla_wide_kernel" if name in WIDE else "mla_narrow_kernel")
     assert decode.shared_bytes <= 232448
     assert "wgmma.mma_async" in decode.assembly
     assert ("cp.async.bulk.tensor.5d" in decode.assembly) == (name in BY_TMA)
@@ -356,7 +411,7 @@ def test_compiles_and_fits(name: str) -> None:
 
 
 def test_the_combine_kernel_waits_even_if_nothing_was_cut() -> None:
-    assembly = compiled("h16")[-1].assembly
+    assembly = compiled("splits")[-1].assembly
     first_wait = assembly.index("griddepcontrol.wait")
     assert first_wait < assembly.index("ld.global"), "a program may leave before it has waited"
     assert assembly.count("griddepcontrol.wait") == 2  # the second: for those who combine
@@ -364,7 +419,7 @@ def test_the_combine_kernel_waits_even_if_nothing_was_cut() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_nothing_is_spilled_where_it_matters(name: str) -> None:
-    decode = compiled(name)[-2]
+    decode = decode_kernel(name)
     loops = main_loops(decode.sass)
     assert sum("HGMMA" in line for line in loops) > 10
     assert spills(loops) <= ALLOWED, "spilled in a main loop"
@@ -379,7 +434,7 @@ def test_compiles_for_rows_of_8_and_of_4_bytes(name: str, elements: int) -> None
     k = kwargs["k"]
     flat = torch.empty(elements + k.shape[0] * (64 * 576 + elements), dtype=k.dtype)
     k = flat.as_strided(k.shape, (64 * 576 + elements, 576, 576, 1), elements)
-    decode = compile_call(kwargs | {"k": k, "v": k[..., :512]}, "sm_90", "hopper")[-2]
+    decode = compile_call(kwargs | {"k": k, "v": k[..., :512]}, "sm_90", "hopper")[-1]
     assert "cp.async.ca.shared.global [ %r" in decode.assembly
     assert f", 0x{2 * elements:x}" in decode.assembly
     assert spills(main_loops(decode.sass)) <= ALLOWED
@@ -498,6 +553,49 @@ def test_every_run_gives_the_same_bits(name: str) -> None:
 def test_metadata_of_another_step_gives_nan(fault: str) -> None:
     inputs = make_inputs(find_case("deepseek-v3-h16"), find_layout("M1"), DEVICE)
     assert_spoilt_gives_nan(inputs, fault, "hopper")
+
+
+@gpu
+@pytest.mark.parametrize("name", ["deepseek-v3-h16", "deepseek-v3-mtp", "deepseek-v3-h128"])
+def test_a_schedule_is_left_as_it_was(name: str) -> None:
+    inputs = make_inputs(find_case(name), find_layout("M2"), DEVICE)
+    metadata = metadata_of(inputs)
+    before = metadata.clone()
+    for _ in range(3):
+        run(inputs, "hopper", scheduler_metadata=metadata)
+        assert torch.equal(metadata, before)
+
+
+@gpu
+@pytest.mark.parametrize("name", ["h16", "h128"])
+def test_nobody_waits_for_ever_under_a_schedule_for_other_lengths(name: str) -> None:
+    case = replace(LONG[name], q_lens=LONG[name].q_lens * len(LONG[name].seqused_k))
+    inputs = make_inputs(case, layouts_of(case)[0], DEVICE, guard=False)
+    right = run(inputs, "hopper")
+    real = case.seqused_k
+    # Shorter ones only: what a table says behind a sequence's end may be anything.
+    for lengths in ([min(1, n) for n in real], [0] * len(real), [n // 2 for n in real], [real[0]]):
+        lengths += [0] * (case.batch - len(lengths))
+        other = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        attend(inputs, "hopper", scheduler_metadata=metadata_of(inputs, seqused_k=other))
+    torch.cuda.synchronize()
+    assert_same_bits(right, attend(inputs, "hopper"))
+
+
+@gpu
+def test_two_streams_with_schedules_of_their_own_do_not_disturb_each_other() -> None:
+    inputs = make_inputs(find_case("deepseek-v3-h16"), find_layout("M2"), DEVICE)
+    right = run(inputs, "hopper")
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(30):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(attend(inputs, "hopper"))
+    torch.cuda.synchronize()
+    for result in results:
+        assert_same_bits(right, result)
 
 
 @gpu

@@ -308,7 +308,7 @@ def combine_launch(problem: Problem, split: Split, call: Call) -> Launch:
     arguments = (
         Pointer("partial"), split.partial_lines, schedule(split, call), *lengths(call), *sinks(call),
         *results(problem, call), problem.batch, problem.window_left, problem.window_right, *shares(split),
-        problem.num_kv_heads, OVERHEAD_STEPS, split.combine_tiles,
+        problem.num_kv_heads, OVERHEAD_STEPS, split.combine_tiles, split.parts,
     )  # fmt: skip
     tile = tuple(split.combine_constants[name] for name in ("TILE_SPLITS", "TILE_M", "TILE_D"))
     options: dict[str, Any] = {"num_warps": combine_warps(tile)}
@@ -317,14 +317,17 @@ def combine_launch(problem: Problem, split: Split, call: Call) -> Launch:
     return Launch(combine_kernel, split.combine_grid, arguments, split.combine_constants, options)
 
 
-def around(problem: Problem, split: Split, call: Call, decode: Launch) -> list[Launch]:
+def around(
+    problem: Problem, split: Split, call: Call, decode: Launch, combines: bool = False
+) -> list[Launch]:
     """What one call launches, in order, around its decode kernel.
 
-    Looks at the strides of the call's tensors, never at an address.
+    Looks at the strides of the call's tensors, never at an address. ``combines``: the decode kernel puts cut
+    units together itself.
     """
     launches = [decode]
     if split.scheduled and call.scheduler_metadata is None:
         launches.insert(0, schedule_launch(problem, split.rows, call, split.parts))
-    if split.cuts:
+    if split.cuts and not combines:
         launches.append(combine_launch(problem, split, call))
     return launches

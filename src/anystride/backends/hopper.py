@@ -49,6 +49,8 @@ from anystride.work import (
 NAME = "hopper"
 COLUMNS = loaders_sm90.COLUMNS.value
 
+COMBINE_VALUES = 8192  # partial results that a warpgroup holds at once: 64 registers
+FEW_SHARES = 16  # of a unit, so few that they are read at once
 NARROW_ROWS = 32  # query tokens times heads of a group up to which keys are the long side of the products
 # d_v, and the dimensions that only K has, of the narrow kernel and of the wide one
 LATENTS, ROPES = (64, 256, 512), (32, 64)
@@ -265,8 +267,33 @@ def config_for(problem: Problem, target: Target) -> Config:
         constants["TILE_M"] = tiles.m
     else:
         constants["BY_TMA"] = loads_by_tma(p, split.rows, programs(p, target))
+    constants["SHARES"], constants["LINES"], constants["DIMS"] = combine_tile(p, split, target)
     constants["CONSUMER_REGISTERS"] = tiles.consumer_registers
     return Config(tiles, split, constants)
+
+
+def combine_tile(problem: Problem, split: Split, target: Target) -> tuple[int, int, int]:
+    """Shares, lines and dimensions that a warpgroup combines at once; zeros: a kernel of its own combines.
+
+    The decode kernel combines if all of its programs run at once, as they wait for each other, and if the
+    parts come from the schedule, which has the counters: docs/design/0009.
+    """
+    programs_at_once = programs(problem, target)
+    at_once = split.rows.tiles * problem.num_kv_heads * split.parts <= programs_at_once
+    if not (split.scheduled and at_once):
+        return 0, 0, 0
+    # From the bucket of the batch and not from the longest sequence: neither may compile anew.
+    units = bucket(problem.batch) * split.rows.units
+    shares = max(2, full_parts(problem, split.rows, programs_at_once) // units)
+    tile_rows = choose_tiles(problem).m
+    # Both warpgroups of all parts of a unit take one tile each, if there are so many parts and so much room:
+    # else few shares take several smaller tiles, and many are read in turns.
+    results = max(32, bucket(-(-tile_rows * problem.d_v // (2 * shares))))
+    if shares <= FEW_SHARES:
+        results = min(results, COMBINE_VALUES // bucket(shares))
+    dims = min(results, problem.d_v)
+    lines = min(results // dims, tile_rows)
+    return min(bucket(shares), COMBINE_VALUES // (lines * dims)), lines, dims
 
 
 def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
@@ -294,8 +321,12 @@ def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
     # fmt: on
     grid = (split.rows.tiles, problem.num_kv_heads, split.parts)
     kernel = mla_narrow_kernel if is_narrow(config.tiles) else mla_wide_kernel
-    decode = Launch(kernel, grid, arguments, config.constants, {"num_warps": 4})
-    return around(problem, split, call, decode)
+    combines = config.constants["SHARES"] > 0
+    options: dict[str, Any] = {"num_warps": 4}
+    if combines:
+        options["launch_cooperative_grid"] = True  # all at once, or not at all
+    decode = Launch(kernel, grid, arguments, config.constants, options)
+    return around(problem, split, call, decode, combines)
 
 
 def run(problem: Problem, config: Config, call: Call, scratch: list[Tensor]) -> None:

@@ -16,7 +16,7 @@ RUNTIME = [
     "stride_cu_q", "stride_cu_k", "stride_seqused", "stride_sinks",
     "batch", "window_left", "window_right", "overhead",
     "units_per_seq", "splits_per_unit", "steps_per_split", "rows_per_unit", "num_kv_heads",
-    "partial_lines", "num_tiles",
+    "partial_lines", "num_tiles", "num_parts",
 ]  # fmt: skip
 UNALIGNED = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr", "sinks_ptr", "metadata_ptr"]
 
@@ -33,6 +33,7 @@ def combine_kernel(
     lse_ptr, stride_lse_head: tl.int64,
     batch, window_left, window_right,
     units_per_seq, splits_per_unit, steps_per_split, rows_per_unit, num_kv_heads, overhead, num_tiles,
+    num_parts,
     GROUP_SIZE: tl.constexpr,
     DIMS_V: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -57,7 +58,7 @@ def combine_kernel(
         if (tl.program_id(0) == 0) & (kv_head == 0) & (index == 0):
             gdc_wait()
     if SCHEDULED:
-        if is_foreign(metadata_ptr, rows_per_unit, batch):
+        if is_foreign(metadata_ptr, rows_per_unit, batch, num_parts):
             return  # the decode kernel has answered with NaN
     if SCHEDULED and not BY_UNIT:
         row = metadata_ptr + (index + 1) * ROW

@@ -225,7 +225,7 @@ def decode_kernel(
     seq, unit, step, end_seq, end_unit, end_step = part_range(part, walk, SCHEDULED)
     if SCHEDULED:
         # A schedule made for other arguments would give wrong results without a word: give NaN instead.
-        if is_foreign(metadata_ptr, rows_per_unit, batch):
+        if is_foreign(metadata_ptr, rows_per_unit, batch, tl.num_programs(2)):
             fill_nan(
                 out_ptr, stride_out_token, stride_out_head, stride_out_dim, lse_ptr, stride_lse_head,
                 cu_seqlens_q_ptr, stride_cu_q, batch, tile_in_unit, kv_head, part, num_parts,

@@ -31,6 +31,7 @@ from anystride.kernels.attention_sm90 import (
     load_queries,
     seen_by_all,
 )
+from anystride.kernels.combine_sm90 import combine_cut_units
 from anystride.kernels.decode import LN_2, LOG2_E
 from anystride.kernels.loaders_sm90 import (
     COLUMNS,
@@ -49,7 +50,7 @@ PLAIN_2D = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 @gluon.jit
 def produce(
-    v_smem, k_smem, full, empty, walk, lengths, k_ptr, k, v_ptr, v, table,
+    v_smem, k_smem, full, empty, walk, lengths, k_ptr, k, v_ptr, v, table, kv_head, out, lse,
     D_V: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, ONE_ROW: gl.constexpr,
     GROUP_SIZE: gl.constexpr, TILE_M: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
@@ -100,6 +101,12 @@ def produce(
                     positions, first_key, key_end, table_ptr, table[2], BLOCK_SIZE, HAS_LEFT
                 )
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
+    if SCHEDULED:
+        if is_foreign(walk[0], walk[5], walk[1], gl.num_programs(2)):
+            fill_nan(
+                out, lse, lengths[0], lengths[1], walk[1], kv_head, part, gl.num_programs(2), GROUP_SIZE,
+                D_V,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -127,6 +134,7 @@ def consume(
     sinks, out, lse, partial, softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
     D_V0: gl.constexpr, D_V1: gl.constexpr, D_K: gl.constexpr, Q_VECTOR: gl.constexpr,
     GROUP_SIZE: gl.constexpr, TILE_M: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    SHARES: gl.constexpr, LINES: gl.constexpr, DIMS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, EARLY: gl.constexpr,
@@ -306,6 +314,11 @@ def consume(
                 )  # fmt: skip
             turn += 1
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
+    if SHARES > 0:
+        combine_cut_units(
+            W, end_seq < 0, walk, sinks, out, lse, partial, kv_head, num_kv_heads,
+            GROUP_SIZE, TILE_M, D_V0 + D_V1, SHARES, LINES, DIMS, OUT_UNIT, OUT_VECTOR,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=UNALIGNED)
@@ -337,6 +350,7 @@ def mla_narrow_kernel(
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    SHARES: gl.constexpr, LINES: gl.constexpr, DIMS: gl.constexpr,  # combined at once; 0: not here
     TILE_M: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,  # the producer's are what is left
 ):  # fmt: skip
@@ -401,15 +415,9 @@ def mla_narrow_kernel(
     out = (out_ptr, stride_out_token, stride_out_head, stride_out_dim)
     lse = (lse_ptr, stride_lse_head)
     partial = (partial_ptr, partial_lines)
-    if SCHEDULED:
-        if is_foreign(metadata_ptr, rows_per_unit, batch):
-            fill_nan(
-                out, lse, cu_seqlens_q_ptr, stride_cu_q, batch, kv_head, gl.program_id(2), gl.num_programs(2),
-                GROUP_SIZE, D_V,
-            )  # fmt: skip
     gl.warp_specialize([
         (produce, (
-            v_smem, k_smem, full, empty, walk, lengths, k_base, k, v_base, v, table,
+            v_smem, k_smem, full, empty, walk, lengths, k_base, k, v_base, v, table, kv_head, out, lse,
             D_V, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, V_AT >= 0,
             GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
         )),
@@ -418,13 +426,15 @@ def mla_narrow_kernel(
             full, empty, q_ready, done0, done1, walk, lengths, q_ptr + K_AT, rope, latent_ptr, latent,
             sinks, out, lse, partial, softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_V0, D_V1, D_K, Q_VECTOR, GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, EARLY,
+            SHARES, LINES, DIMS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE,
+            OUT_UNIT, OUT_VECTOR, EARLY,
         )),
         (consume, (
             1, q_v_smem, q_k_smem, v_smem, k_smem, p_smem1, stats1, stats0, half0, half1,
             full, empty, q_ready, done1, done0, walk, lengths, q_ptr + K_AT, rope, latent_ptr, latent,
             sinks, out, lse, partial, softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_V0, D_V1, D_K, Q_VECTOR, GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, EARLY,
+            SHARES, LINES, DIMS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE,
+            OUT_UNIT, OUT_VECTOR, EARLY,
         )),
     ], [4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip

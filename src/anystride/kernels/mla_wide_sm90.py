@@ -38,6 +38,7 @@ from anystride.kernels.attention_sm90 import (
     load_queries,
     seen_by_all,
 )
+from anystride.kernels.combine_sm90 import combine_cut_units
 from anystride.kernels.decode import LN_2, LOG2_E
 from anystride.kernels.loaders_sm90 import (
     COLUMNS,
@@ -56,7 +57,8 @@ from anystride.kernels.schedule import is_foreign
 ROWS = gl.constexpr(64)  # of a tile: those of a warpgroup's product
 MASKED = gl.constexpr(-1.0e33)
 NOTHING = gl.constexpr(-1.0e30)  # the reference without keys: above MASKED, whose weight it makes 0
-# Of the halves of the two buffers, in the tuples of their barriers.
+# The halves of the two buffers. Each has one barrier that says that it is free, and two that say that it is
+# full: products begin with the first quarter of a tile.
 LEFT0, RIGHT0, LEFT1, RIGHT1 = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # [ROWS, TILE]
@@ -64,6 +66,14 @@ ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 KEY = gl.constexpr(gl.SliceLayout(0, SCORES.value))
 EACH_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))  # [ROWS], all of them in every warp
 SLACK = gl.constexpr(8.0)  # how far, in powers of two, scores may lie above the reference of their row
+
+
+@gluon.jit
+def copy_half(half, ptr, rows, mask, first_full, D_HALF: gl.constexpr, LAYOUT: gl.constexpr):
+    """Start to copy rows into a half of a tile; its first quarter is full on its own."""
+    copy_rows(half.slice(0, D_HALF // 2, dim=1), ptr, rows, mask, D_HALF // 2, LAYOUT)
+    async_copy.mbarrier_arrive(first_full, increment_count=False)
+    copy_rows(half.slice(D_HALF // 2, D_HALF // 2, dim=1), ptr + D_HALF // 2, rows, mask, D_HALF // 2, LAYOUT)
 
 
 @gluon.jit
@@ -91,25 +101,25 @@ def copy_pairs(
         rows0 = row_offsets(block0, positions0, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
         rows1 = row_offsets(block1, positions1, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
         mbarrier.wait(empty[LEFT0], phase)
-        copy_rows(left0, v_ptr, rows0, mask0, D_HALF, LAYOUT)
-        async_copy.mbarrier_arrive(full[LEFT0], increment_count=False)
+        copy_half(left0, v_ptr, rows0, mask0, full[2 * LEFT0], D_HALF, LAYOUT)
+        async_copy.mbarrier_arrive(full[2 * LEFT0 + 1], increment_count=False)
         mbarrier.wait(empty[RIGHT0], phase)
-        copy_rows(right0, v_ptr + D_HALF, rows0, mask0, D_HALF, LAYOUT)
+        copy_half(right0, v_ptr + D_HALF, rows0, mask0, full[2 * RIGHT0], D_HALF, LAYOUT)
         if not ONE_ROW:
             rows0 = row_offsets(block0, positions0, k_start, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
         copy_rows(k_smem.index(0), k_ptr, rows0, mask0, D_K, LAYOUT)
-        async_copy.mbarrier_arrive(full[RIGHT0], increment_count=False)
+        async_copy.mbarrier_arrive(full[2 * RIGHT0 + 1], increment_count=False)
         if pairs == 0:
             mbarrier.wait(q_ready, 0)  # the queries and one tile are wanted first
         mbarrier.wait(empty[RIGHT1], phase)
-        copy_rows(right1, v_ptr + D_HALF, rows1, mask1, D_HALF, LAYOUT)
-        async_copy.mbarrier_arrive(full[RIGHT1], increment_count=False)
+        copy_half(right1, v_ptr + D_HALF, rows1, mask1, full[2 * RIGHT1], D_HALF, LAYOUT)
+        async_copy.mbarrier_arrive(full[2 * RIGHT1 + 1], increment_count=False)
         mbarrier.wait(empty[LEFT1], phase)
-        copy_rows(left1, v_ptr, rows1, mask1, D_HALF, LAYOUT)
+        copy_half(left1, v_ptr, rows1, mask1, full[2 * LEFT1], D_HALF, LAYOUT)
         if not ONE_ROW:
             rows1 = row_offsets(block1, positions1, k_start, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
         copy_rows(k_smem.index(1), k_ptr, rows1, mask1, D_K, LAYOUT)
-        async_copy.mbarrier_arrive(full[LEFT1], increment_count=False)
+        async_copy.mbarrier_arrive(full[2 * LEFT1 + 1], increment_count=False)
         pairs += 1
         positions0 += 2 * TILE
     return pairs
@@ -117,25 +127,33 @@ def copy_pairs(
 
 @gluon.jit
 def load_half(
-    block, key, first_key, key_end, half, rope, boxes, first_box, rope_boxes, bar, k_ptr, k, v_ptr, v,
-    k_map, v_map, k_start, table_ptr, stride_table_block, kv_head, AT: gl.constexpr, WITH_ROPE: gl.constexpr,
+    block, key, first_key, key_end, half, rope, boxes, first_box, rope_boxes, first_full, last_full,
+    k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr, stride_table_block, kv_head,
+    AT: gl.constexpr, WITH_ROPE: gl.constexpr,
     D_HALF: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, K_AT: gl.constexpr, V_AT: gl.constexpr,
     HAS_LEFT: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Start to fill one half of a tile, from dimension AT on, and its rope piece if it goes with it."""
     if is_whole(key, first_key, key_end):
-        mbarrier.expect(bar, TILE * (D_HALF + D_K * WITH_ROPE) * 2)
+        QUARTER: gl.constexpr = D_HALF // 2
+        mbarrier.expect(first_full, TILE * QUARTER * 2)
         load_boxes(
-            boxes, first_box, v_map, V_AT + AT, block, key, k_start, kv_head, bar,
-            D_HALF, BLOCK_SIZE, BLOCKS_PER_PAGE,
+            boxes, first_box, v_map, V_AT + AT, block, key, k_start, kv_head, first_full,
+            QUARTER, BLOCK_SIZE, BLOCKS_PER_PAGE,
+        )  # fmt: skip
+        mbarrier.arrive(first_full, count=PRODUCERS - 1)
+        mbarrier.expect(last_full, TILE * (QUARTER + D_K * WITH_ROPE) * 2)
+        load_boxes(
+            boxes, first_box + QUARTER // COLUMNS, v_map, V_AT + AT + QUARTER, block, key, k_start, kv_head,
+            last_full, QUARTER, BLOCK_SIZE, BLOCKS_PER_PAGE,
         )  # fmt: skip
         if WITH_ROPE:
             load_boxes(
                 rope_boxes, first_box // (2 * D_HALF // COLUMNS), k_map, K_AT, block, key, k_start, kv_head,
-                bar, D_K, BLOCK_SIZE, BLOCKS_PER_PAGE,
+                last_full, D_K, BLOCK_SIZE, BLOCKS_PER_PAGE,
             )  # fmt: skip
-        mbarrier.arrive(bar, count=PRODUCERS - 1)
+        mbarrier.arrive(last_full, count=PRODUCERS - 1)
     else:
         positions = key + gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
         ids, mask = find_blocks(
@@ -150,7 +168,8 @@ def load_half(
         async_copy.commit_group()
         async_copy.wait_group(0)
         fence_async_shared()
-        mbarrier.arrive(bar, count=PRODUCERS)
+        mbarrier.arrive(first_full, count=PRODUCERS)
+        mbarrier.arrive(last_full, count=PRODUCERS)
 
 
 @gluon.jit
@@ -197,13 +216,15 @@ def load_pairs(
         mbarrier.wait(empty[LEFT0], phase)
         load_half(
             block0, key0, first_key, key_end, left0, rope0, v_boxes, 0, k_boxes,
-            full[LEFT0], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr, stride_table_block, kv_head,
+            full[2 * LEFT0], full[2 * LEFT0 + 1], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr,
+            stride_table_block, kv_head,
             0, False, D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, V_AT, HAS_LEFT, LAYOUT,
         )  # fmt: skip
         mbarrier.wait(empty[RIGHT0], phase)
         load_half(
             block0, key0, first_key, key_end, right0, rope0, v_boxes, HALF, k_boxes,
-            full[RIGHT0], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr, stride_table_block, kv_head,
+            full[2 * RIGHT0], full[2 * RIGHT0 + 1], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr,
+            stride_table_block, kv_head,
             D_HALF, True, D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, V_AT, HAS_LEFT, LAYOUT,
         )  # fmt: skip
         if pairs == 0:
@@ -211,13 +232,15 @@ def load_pairs(
         mbarrier.wait(empty[RIGHT1], phase)
         load_half(
             block1, key1, first_key, key_end, right1, rope1, v_boxes, 3 * HALF, k_boxes,
-            full[RIGHT1], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr, stride_table_block, kv_head,
+            full[2 * RIGHT1], full[2 * RIGHT1 + 1], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr,
+            stride_table_block, kv_head,
             D_HALF, False, D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, V_AT, HAS_LEFT, LAYOUT,
         )  # fmt: skip
         mbarrier.wait(empty[LEFT1], phase)
         load_half(
             block1, key1, first_key, key_end, left1, rope1, v_boxes, 2 * HALF, k_boxes,
-            full[LEFT1], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr, stride_table_block, kv_head,
+            full[2 * LEFT1], full[2 * LEFT1 + 1], k_ptr, k, v_ptr, v, k_map, v_map, k_start, table_ptr,
+            stride_table_block, kv_head,
             0, True, D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, V_AT, HAS_LEFT, LAYOUT,
         )  # fmt: skip
         pairs += 1
@@ -226,7 +249,7 @@ def load_pairs(
 
 @gluon.jit
 def produce(
-    v_smem, k_smem, full, empty, q_ready, walk, lengths, k_ptr, k, v_ptr, v, maps, table, kv_head,
+    v_smem, k_smem, full, empty, q_ready, walk, lengths, k_ptr, k, v_ptr, v, maps, table, kv_head, out, lse,
     D_HALF: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, K_AT: gl.constexpr, V_AT: gl.constexpr,
     GROUP_SIZE: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
@@ -268,6 +291,12 @@ def produce(
                     D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, V_AT >= 0, HAS_LEFT, LAYOUT,
                 )  # fmt: skip
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
+    if SCHEDULED:
+        if is_foreign(walk[0], walk[5], walk[1], gl.num_programs(2)):
+            fill_nan(
+                out, lse, lengths[0], lengths[1], walk[1], kv_head, part, gl.num_programs(2), GROUP_SIZE,
+                2 * D_HALF,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -341,17 +370,18 @@ def wait_full(bar, phase, BY_TMA: gl.constexpr):
 
 
 @gluon.jit
-def score_left(q_v, v_tile, scores, D_HALF: gl.constexpr, USE_ACC: gl.constexpr):
-    """Start the products of the left half of the latent."""
-    keys = v_tile.slice(0, D_HALF, dim=1).permute((1, 0))
-    return warpgroup_mma(q_v.slice(0, D_HALF, dim=1), keys, scores, use_acc=USE_ACC, is_async=True)
-
-
-@gluon.jit
-def score_right(q_v, v_tile, scores, D_HALF: gl.constexpr, USE_ACC: gl.constexpr):
-    """Start the products of the right half of the latent."""
-    keys = v_tile.slice(D_HALF, D_HALF, dim=1).permute((1, 0))
-    return warpgroup_mma(q_v.slice(D_HALF, D_HALF, dim=1), keys, scores, use_acc=USE_ACC, is_async=True)
+def score_half(
+    q_v, v_tile, scores, first_full, last_full, phase, AT: gl.constexpr, D_HALF: gl.constexpr,
+    USE_ACC: gl.constexpr, BY_TMA: gl.constexpr,
+):  # fmt: skip
+    """Start the products of one half of the latent, each quarter of it as soon as it is there."""
+    QUARTER: gl.constexpr = D_HALF // 2
+    wait_full(first_full, phase, BY_TMA)
+    keys = v_tile.slice(AT, QUARTER, dim=1).permute((1, 0))
+    scores = warpgroup_mma(q_v.slice(AT, QUARTER, dim=1), keys, scores, use_acc=USE_ACC, is_async=True)
+    wait_full(last_full, phase, BY_TMA)
+    keys = v_tile.slice(AT + QUARTER, QUARTER, dim=1).permute((1, 0))
+    return warpgroup_mma(q_v.slice(AT + QUARTER, QUARTER, dim=1), keys, scores, is_async=True)
 
 
 @gluon.jit
@@ -415,6 +445,7 @@ def consume_left(
     softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
     D_HALF: gl.constexpr, Q_VECTOR: gl.constexpr, GROUP_SIZE: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    SHARES: gl.constexpr, LINES: gl.constexpr, DIMS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, BY_TMA: gl.constexpr,
@@ -464,10 +495,14 @@ def consume_left(
             zero = pairs >> 30
             v_tile = v_smem.index(zero)
             scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
-            wait_full(full[LEFT0], pairs & 1, BY_TMA)
-            scores = score_left(q_v_smem.index(zero), v_tile, scores, D_HALF, False)
-            wait_full(full[RIGHT0], pairs & 1, BY_TMA)
-            scores = score_right(q_v_smem.index(zero), v_tile, scores, D_HALF, True)
+            scores = score_half(
+                q_v_smem.index(zero), v_tile, scores, full[2 * LEFT0], full[2 * LEFT0 + 1],
+                pairs & 1, 0, D_HALF, False, BY_TMA,
+            )  # fmt: skip
+            scores = score_half(
+                q_v_smem.index(zero), v_tile, scores, full[2 * RIGHT0], full[2 * RIGHT0 + 1],
+                pairs & 1, D_HALF, D_HALF, True, BY_TMA,
+            )  # fmt: skip
             rope = k_smem.index(zero).permute((1, 0))
             scores = warpgroup_mma(q_k_smem.index(zero), rope, scores, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
@@ -511,10 +546,14 @@ def consume_left(
                 pairs += 1
                 if i + 1 < num_pairs:
                     scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
-                    wait_full(full[LEFT0], phase ^ 1, BY_TMA)
-                    scores = score_left(q_v_smem.index(zero), v_tile0, scores, D_HALF, False)
-                    wait_full(full[RIGHT0], phase ^ 1, BY_TMA)
-                    scores = score_right(q_v_smem.index(zero), v_tile0, scores, D_HALF, True)
+                    scores = score_half(
+                        q_v_smem.index(zero), v_tile0, scores, full[2 * LEFT0], full[2 * LEFT0 + 1],
+                        phase ^ 1, 0, D_HALF, False, BY_TMA,
+                    )  # fmt: skip
+                    scores = score_half(
+                        q_v_smem.index(zero), v_tile0, scores, full[2 * RIGHT0], full[2 * RIGHT0 + 1],
+                        phase ^ 1, D_HALF, D_HALF, True, BY_TMA,
+                    )  # fmt: skip
                     rope = p0_smem.permute((1, 0))
                     scores = warpgroup_mma(q_k_smem.index(zero), rope, scores, is_async=True)
                     scores = warpgroup_mma_wait(0, deps=[scores])
@@ -533,6 +572,11 @@ def consume_left(
             )  # fmt: skip
             turn += 1
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
+    if SHARES > 0:
+        combine_cut_units(
+            0, end_seq < 0, walk, sinks, out, lse, partial, kv_head, num_kv_heads,
+            GROUP_SIZE, ROWS, 2 * D_HALF, SHARES, LINES, DIMS, OUT_UNIT, OUT_VECTOR,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -544,6 +588,7 @@ def consume_right(
     softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
     D_HALF: gl.constexpr, D_K: gl.constexpr, Q_VECTOR: gl.constexpr, GROUP_SIZE: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    SHARES: gl.constexpr, LINES: gl.constexpr, DIMS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, BY_TMA: gl.constexpr,
@@ -601,10 +646,14 @@ def consume_right(
                 p0_smem = k_smem.index(zero)
                 p1_smem = k_smem.index(1 + zero)
                 scores = gl.zeros([ROWS, TILE], gl.float32, SCORES)
-                wait_full(full[RIGHT1], phase, BY_TMA)
-                scores = score_right(q_v_smem.index(zero), v_tile1, scores, D_HALF, False)
-                wait_full(full[LEFT1], phase, BY_TMA)
-                scores = score_left(q_v_smem.index(zero), v_tile1, scores, D_HALF, True)
+                scores = score_half(
+                    q_v_smem.index(zero), v_tile1, scores, full[2 * RIGHT1], full[2 * RIGHT1 + 1],
+                    phase, D_HALF, D_HALF, False, BY_TMA,
+                )  # fmt: skip
+                scores = score_half(
+                    q_v_smem.index(zero), v_tile1, scores, full[2 * LEFT1], full[2 * LEFT1 + 1],
+                    phase, 0, D_HALF, True, BY_TMA,
+                )  # fmt: skip
                 scores = warpgroup_mma(q_k_smem.index(zero), p1_smem.permute((1, 0)), scores, is_async=True)
                 scores = warpgroup_mma_wait(0, deps=[scores])
                 mbarrier.wait(p0_ready, phase)
@@ -653,6 +702,11 @@ def consume_right(
             )  # fmt: skip
             turn += 1
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
+    if SHARES > 0:
+        combine_cut_units(
+            1, end_seq < 0, walk, sinks, out, lse, partial, kv_head, num_kv_heads,
+            GROUP_SIZE, ROWS, 2 * D_HALF, SHARES, LINES, DIMS, OUT_UNIT, OUT_VECTOR,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=UNALIGNED)
@@ -685,6 +739,7 @@ def mla_wide_kernel(
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    SHARES: gl.constexpr, LINES: gl.constexpr, DIMS: gl.constexpr,  # combined at once; 0: not here
     BY_TMA: gl.constexpr,  # whole tiles come through the tensor maps
     CONSUMER_REGISTERS: gl.constexpr,  # the producer's are what is left
 ):  # fmt: skip
@@ -709,7 +764,10 @@ def mla_wide_kernel(
     reference1_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
     sum0_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
     sum1_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
-    full = (barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS))
+    full = (
+        barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS),
+        barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS),
+    )  # fmt: skip
     empty = (barrier(1), barrier(1), barrier(1), barrier(1))
     q_ready = barrier(2)
     p0_ready = barrier(1)
@@ -746,17 +804,11 @@ def mla_wide_kernel(
     out = (out_ptr, stride_out_token, stride_out_head, stride_out_dim)
     lse = (lse_ptr, stride_lse_head)
     partial = (partial_ptr, partial_lines)
-    if SCHEDULED:
-        if is_foreign(metadata_ptr, rows_per_unit, batch):
-            fill_nan(
-                out, lse, cu_seqlens_q_ptr, stride_cu_q, batch, kv_head, gl.program_id(2), gl.num_programs(2),
-                GROUP_SIZE, D_V,
-            )  # fmt: skip
     # The left warpgroup has more values under way at once, and needs a little more.
     gl.warp_specialize([
         (produce, (
             v_smem, k_smem, full, empty, q_ready, walk, lengths, k_base, k, v_base, v, maps, table, kv_head,
-            D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, V_AT,
+            out, lse, D_HALF, D_K, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, K_AT, V_AT,
             GROUP_SIZE, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED, BY_TMA,
         )),
         (consume_left, (
@@ -765,7 +817,7 @@ def mla_wide_kernel(
             full, empty, q_ready, p0_ready, p1_ready, done0, done1,
             walk, lengths, latent_ptr, latent, sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
-            D_HALF, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS,
+            D_HALF, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS, SHARES, LINES, DIMS,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, BY_TMA,
         )),
         (consume_right, (
@@ -774,7 +826,7 @@ def mla_wide_kernel(
             full, empty, q_ready, p0_ready, p1_ready, done1, done0,
             walk, lengths, latent_ptr, latent, q_ptr + K_AT, rope, sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
-            D_HALF, D_K, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS,
+            D_HALF, D_K, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS, SHARES, LINES, DIMS,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, BY_TMA,
         )),
     ], [4, 4], [CONSUMER_REGISTERS + 8, CONSUMER_REGISTERS - 8])  # fmt: skip

@@ -32,7 +32,7 @@ def part_range(part, walk, SCHEDULED: tl.constexpr):
         end_seq = tl.load(row + 3)
         end_unit = tl.load(row + 4)
         end_step = tl.load(row + 5)
-        end_seq = tl.where(is_foreign(walk[0], walk[5], walk[1]), -1, end_seq)
+        end_seq = tl.where(is_foreign(walk[0], walk[5], walk[1], tl.num_programs(2)), -1, end_seq)
     else:
         index = part // walk[3]
         seq = index // walk[2]

@@ -6,9 +6,13 @@ so one long sequence spreads over all processors and many short ones share one. 
 size of the result depend on shapes only.
 
 The result is int32, rows of 16: a header (see ``schedule_kernel``), then one row a part:
-``begin seq, unit, step; end seq, unit, step; parts of the end unit; whether it began in this part``, then, so
-that a part need not wait for the lengths to begin, ``first query token, query tokens and keys`` of its first
-sequence. Five words are not used.
+
+- 0 to 5: ``begin seq, unit, step; end seq, unit, step``
+- 6, 7: parts of the end unit, if it begins in this part, else 0; whether it is the begin unit, too
+- 8 to 10: ``first query token, query tokens, keys`` of the begin sequence: nobody need wait for the lengths
+- 11, 12: slot of the begin unit in its first part (see ``parts.partial_line``); its parts
+- 13: how many have finished the unit that begins here, counted by the kernels that combine themselves
+- 14, 15: ``first query token, query tokens`` of the end sequence
 """
 
 import triton
@@ -18,6 +22,7 @@ from anystride.kernels.ranges import nominal_steps, num_units, sequence_facts
 
 WORDS_PER_PART = 16
 ROW = tl.constexpr(WORDS_PER_PART)
+ARRIVALS = tl.constexpr(13)  # the word of the counter, which is 0 before and after each call
 RUNTIME = [
     "stride_cu_q", "stride_cu_k", "stride_seqused", "batch", "num_parts", "group_size",
     "rows_per_unit", "window_left", "window_right", "overhead",
@@ -45,7 +50,7 @@ def schedule_kernel(
     """One program a part: finds where its share of the cost begins and ends.
 
     Grid: ``(num_parts,)``. Reads the lengths twice: once for the total, once to find the two cuts.
-    Header: ``mark, rows_per_unit, batch, used parts``, zeros; the decode kernel compares it with its own.
+    Header: ``mark, rows_per_unit, batch, used parts, num_parts``, zeros. Kernels compare it with their own.
     """
     part = tl.program_id(0)
     offs = tl.arange(0, TILE_SEQ)
@@ -59,8 +64,8 @@ def schedule_kernel(
         )  # [TILE_SEQ]  # fmt: skip
         total += tl.sum(cost, 0)
         largest = tl.maximum(largest, tl.max(cost, 0))
-    # No more parts than units of work: a part must hold at least one step.
-    used_parts = tl.maximum(tl.minimum(total // (overhead + 1), num_parts.to(tl.int64)), 1)
+    # A part is worth two steps: less is latency alone, and the kernels for Hopper take two at a time.
+    used_parts = tl.maximum(tl.minimum(total // 2, num_parts.to(tl.int64)), 1)
     # Sequences of one length: cut between them, if that leaves few parts idle.
     whole_parts = used_parts // batch * batch
     if (largest * batch == total) & (whole_parts * 16 >= used_parts * 15):
@@ -89,7 +94,7 @@ def schedule_kernel(
         end_base = tl.maximum(end_base, tl.max(tl.where(passed, ends, 0), 0))
         before += tl.sum(cost, 0)
 
-    begin_seq, begin_unit, begin_step, _steps = _place(
+    begin_seq, begin_unit, begin_step, begin_steps = _place(
         begin_seq, begin - begin_base, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr,
         stride_cu_k, seqused_k_ptr, stride_seqused, group_size, rows_per_unit, window_left,
         window_right, overhead, WINDOWED,
@@ -106,6 +111,16 @@ def schedule_kernel(
     last_step = end_base + end_unit.to(tl.int64) * (steps + overhead) + steps - 1
     sharers = part_at(last_step, total, used_parts) - p.to(tl.int32) + 1
     sharers = tl.where(begins_here, sharers, 0)
+    first_cost = begin_base + begin_unit.to(tl.int64) * (begin_steps + overhead)
+    first_part = part_at(first_cost, total, used_parts)
+    begin_sharers = part_at(first_cost + begin_steps - 1, total, used_parts) - first_part + 1
+    # A part that begins with a whole unit may have been moved on to it, from another one's overhead.
+    whole = begin_step == 0
+    first_part = tl.where(whole, p.to(tl.int32), first_part)
+    # In its first part it is the second unit, if that part began in a step of another one.
+    is_second = first_part * total // used_parts < first_cost - overhead
+    first_slot = 2 * first_part + tl.where(whole, 0, is_second.to(tl.int32))
+    begin_sharers = tl.where(whole, tl.where(same_unit, sharers, 1), begin_sharers)
 
     q_start, num_tokens, length, _total = sequence_facts(
         tl.minimum(begin_seq, batch - 1), cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
@@ -123,21 +138,32 @@ def schedule_kernel(
     tl.store(row + 8, q_start)
     tl.store(row + 9, num_tokens)
     tl.store(row + 10, length)
+    tl.store(row + 11, first_slot)
+    tl.store(row + 12, begin_sharers)
+    tl.store(row + ARRIVALS, 0)
+    q_start, num_tokens, _length, _total = sequence_facts(
+        tl.minimum(end_seq, batch - 1), cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
+        seqused_k_ptr, stride_seqused, None, 0,
+    )  # fmt: skip
+    tl.store(row + 14, q_start)
+    tl.store(row + 15, num_tokens)
     if part == 0:
         tl.store(metadata_ptr + 0, SCHEDULE_MARK)
         tl.store(metadata_ptr + 1, rows_per_unit)
         tl.store(metadata_ptr + 2, batch)
         tl.store(metadata_ptr + 3, used_parts.to(tl.int32))
-        for word in range(4, ROW):
+        tl.store(metadata_ptr + 4, num_parts)
+        for word in range(5, ROW):
             tl.store(metadata_ptr + word, 0)
 
 
 @triton.jit
-def is_foreign(metadata_ptr, rows_per_unit, batch):
+def is_foreign(metadata_ptr, rows_per_unit, batch, num_parts):
     """Whether a schedule was made for other arguments, or is none at all."""
     foreign = tl.load(metadata_ptr) != SCHEDULE_MARK
     foreign = foreign | (tl.load(metadata_ptr + 1) != rows_per_unit)
-    return foreign | (tl.load(metadata_ptr + 2) != batch)
+    foreign = foreign | (tl.load(metadata_ptr + 2) != batch)
+    return foreign | (tl.load(metadata_ptr + 4) != num_parts)
 
 
 @triton.jit
