@@ -242,8 +242,9 @@ def get_scheduler_metadata(
     """Share out the work of a step, on the device, once for all of its layers.
 
     The signature is that of FlashAttention-3 in vLLM. Pass the result as ``scheduler_metadata`` to every call
-    of the step that has these shapes, lengths, causality and window. In a CUDA graph, capture it too, or
-    copy a new one into the captured tensor before a replay.
+    of the step that has these shapes, lengths, causality and window, one call after the other: it holds
+    counters, and two calls at the same time, on two streams, need one each. In a CUDA graph, capture it too,
+    or copy a new one into the captured tensor before a replay.
 
     Args:
         batch_size: Sequences.
