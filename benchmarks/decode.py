@@ -22,6 +22,8 @@ import triton
 
 import anystride
 
+PURE_READ = "pure read"
+
 
 class Row(NamedTuple):
     """One row of the table."""
@@ -38,6 +40,9 @@ class Row(NamedTuple):
     q_len: int = 1
     layers: int = 1
     pad: int = 0  # elements between blocks
+    layout: str = "halves"  # or "heads first" within each, "interleaved" by token, "rows" of K|V
+    window: int = -1  # keys before a query's own that it sees; -1: all
+    sinks: bool = False
 
 
 def lengths_of(row: Row) -> list[int]:
@@ -49,9 +54,9 @@ def lengths_of(row: Row) -> list[int]:
     return (row.keys * (1 + 0.5 * noise)).clamp(row.q_len, 2 * row.keys).int().tolist()
 
 
-def build(row: Row) -> dict[str, Any]:
+def build(row: Row, on: str = "cuda") -> dict[str, Any]:
     """The arguments of a call: permuted blocks in a cache with the row's layout."""
-    device, dtype = torch.device("cuda"), torch.bfloat16
+    device, dtype = torch.device(on), torch.bfloat16
     torch.manual_seed(0)
     lengths = lengths_of(row)
     blocks = [-(-n // row.block) for n in lengths]
@@ -70,10 +75,23 @@ def build(row: Row) -> dict[str, Any]:
     if mla:
         k = page.unflatten(1, (row.block, 1, row.d_qk))
         v = k[..., : row.d_v]
+    elif row.layout == "rows":
+        page = page.unflatten(1, (row.block, row.kv_heads, row.d_qk + row.d_v))
+        k, v = page[..., : row.d_qk], page[..., row.d_qk :]
+    elif row.layout == "interleaved":
+        k, v = page.unflatten(1, (row.block, 2, row.kv_heads, row.d_qk)).unbind(2)
     else:
-        half = width // 2
-        k = page[:, :half].unflatten(1, (row.block, row.kv_heads, row.d_qk))
-        v = page[:, half:].unflatten(1, (row.block, row.kv_heads, row.d_v))
+        shape = (row.block, row.kv_heads, row.d_qk)
+        if row.layout == "heads first":
+            shape = (row.kv_heads, row.block, row.d_qk)
+        k, v = (half.unflatten(1, shape) for half in page.chunk(2, 1))
+        if row.layout == "heads first":
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+    more: dict[str, Any] = {}
+    if row.window >= 0:
+        more["window_size"] = (row.window, 0)
+    if row.sinks:
+        more["s_aux"] = torch.randn(row.q_heads, dtype=dtype, device=device)
     q = torch.randn(row.batch * row.q_len, row.q_heads, row.d_qk, dtype=dtype, device=device)
     return {
         "q": q, "k": k, "v": v, "max_seqlen_q": row.q_len,
@@ -81,7 +99,7 @@ def build(row: Row) -> dict[str, Any]:
         "max_seqlen_k": max(lengths), "seqused_k": torch.tensor(lengths, dtype=torch.int32, device=device),
         "block_table": table.to(device), "softmax_scale": (192 if mla else row.d_qk) ** -0.5,
         "causal": row.q_len > 1,
-    }  # fmt: skip
+    } | more  # fmt: skip
 
 
 def plain(row: Row, kwargs: dict[str, Any], sequences: list[int]) -> dict[int, torch.Tensor]:
@@ -94,11 +112,17 @@ def plain(row: Row, kwargs: dict[str, Any], sequences: list[int]) -> dict[int, t
         keys, values = (cache[ids].flatten(0, 1)[:n].float() for cache in (k, v))
         q = kwargs["q"][seq * row.q_len : (seq + 1) * row.q_len].float().unflatten(1, (row.kv_heads, -1))
         scores = torch.einsum("qhgd,nhd->hgqn", q, keys) * kwargs["softmax_scale"]
-        if row.q_len > 1:
-            where = torch.arange(n, device=q.device)
-            last = n - row.q_len + torch.arange(row.q_len, device=q.device)[:, None]
-            scores = scores.masked_fill(where > last, float("-inf"))
-        results[seq] = torch.einsum("hgqn,nhd->qhgd", scores.softmax(-1), values).flatten(1, 2)
+        where = torch.arange(n, device=q.device)
+        last = n - row.q_len + torch.arange(row.q_len, device=q.device)[:, None]
+        hidden = where > last
+        if row.window >= 0:
+            hidden |= where < last - row.window
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if row.sinks:  # one more score, of a key whose value is nothing
+            sinks = kwargs["s_aux"].float().view(row.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, sinks), -1)
+        probs = scores.softmax(-1)[..., :n]
+        results[seq] = torch.einsum("hgqn,nhd->qhgd", probs, values).flatten(1, 2)
     return results
 
 
@@ -112,15 +136,21 @@ def error(row: Row, out: torch.Tensor, wanted: dict[int, torch.Tensor]) -> float
     return worst
 
 
+def keys_seen(row: Row) -> int:
+    """Keys that some query token sees, over all sequences."""
+    most = row.window + row.q_len if row.window >= 0 else 2 * row.keys
+    return sum(min(n, most) for n in lengths_of(row))
+
+
 def must_move(row: Row) -> int:
     """Bytes: each valid row once (shared bytes once), q and out."""
     per_key = row.kv_heads * (row.d_qk + (0 if row.d_v < row.d_qk else row.d_v)) * 2
-    return sum(lengths_of(row)) * per_key + 2 * row.q_len * row.batch * row.q_heads * (row.d_qk + row.d_v)
+    return keys_seen(row) * per_key + 2 * row.q_len * row.batch * row.q_heads * (row.d_qk + row.d_v)
 
 
 def operations(row: Row) -> int:
     """Floating-point operations of the two products."""
-    return 2 * sum(lengths_of(row)) * row.q_len * row.q_heads * (row.d_qk + row.d_v)
+    return 2 * keys_seen(row) * row.q_len * row.q_heads * (row.d_qk + row.d_v)
 
 
 def microseconds(call: peers.Call, rep: int = 60) -> float:
@@ -147,6 +177,7 @@ def ours(kwargs: dict[str, Any], row: Row, backend: str | None) -> peers.Call:
     metadata = anystride.get_scheduler_metadata(
         row.batch, row.q_len, kwargs["max_seqlen_k"], row.q_heads, row.kv_heads, row.d_qk,
         kwargs["seqused_k"], torch.bfloat16, row.d_v, kwargs["cu_seqlens_q"], causal=kwargs["causal"],
+        window_size=kwargs.get("window_size", (-1, -1)),
     )  # fmt: skip
     return lambda: anystride.flash_attn_varlen_func(**kwargs, scheduler_metadata=metadata, backend=backend)
 
@@ -169,6 +200,8 @@ def makers(row: Row, kwargs: dict[str, Any], backends: list[str], absent: dict[s
     if mla:
         found["FlashMLA"] = lambda: peers.flash_mla(kwargs, row.d_v)
         found["FlashInfer"] = lambda: peers.flashinfer_mla(kwargs, row.d_v)
+    else:
+        found["FlashInfer"] = lambda: peers.flashinfer_gqa(kwargs)
     found["FA3"] = lambda: peers.fa3(kwargs, mla)
     found["vLLM Triton"] = lambda: peers.vllm_triton(kwargs, mla)
     return {name: make for name, make in found.items() if name not in absent}
@@ -190,13 +223,17 @@ def measure(row: Row, backends: list[str], absent: dict[str, str], rounds: int =
             calls[name] = call
         else:
             results.append(Result(name, math.nan, f"WRONG ({off:.1e})"))
+    # A yardstick and no peer: PyTorch reads as many bytes, one after the other, and keeps their maximum.
+    data = torch.zeros(must_move(row) // 8, dtype=torch.int64, device="cuda")
+    calls[PURE_READ] = data.max
     times: dict[str, list[float]] = {name: [] for name in calls}
     for nth in range(rounds + 1):
         for name, call in calls.items():
             us = microseconds(call, 30)
             if nth:
                 times[name].append(us)
-    return [Result(name, min(us), "") for name, us in times.items()] + results
+    done = [Result(name, min(us), "") for name, us in times.items()]
+    return done[:-1] + results + done[-1:]  # ours first, the pure read last
 
 
 def commit() -> str:
@@ -278,7 +315,29 @@ def line_of(row: Row, results: list[Result], top: dict[str, float]) -> str:
 
 def best_peer(results: list[Result]) -> float:
     """The least time of a kernel that is not ours."""
-    return min((r.us for r in results if not r.kernel.startswith("anystride") and r.us > 0), default=math.nan)
+    others = [r.us for r in results if not r.kernel.startswith("anystride") and r.kernel != PURE_READ]
+    return min((us for us in others if us > 0), default=math.nan)
+
+
+def pure_read_of(results: list[Result]) -> float:
+    """The time of the pure read."""
+    return next(r.us for r in results if r.kernel == PURE_READ)
+
+
+def ratios_of(bench: Bench, names: set[str]) -> dict[str, float]:
+    """The best peer's time by ours, on these rows, where there is a peer."""
+    ratios = {row.name: best_peer(results) / results[0].us for row, results in bench.rows}
+    return {name: ratio for name, ratio in ratios.items() if name in names and ratio > 0}
+
+
+def print_ratios(ratios: dict[str, float], target: str) -> None:
+    """Their mean, and where a peer is faster."""
+    if ratios:
+        mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+        print(f"\ngeometric mean over the rows: {mean:.3f} of the best peer's speed{target}")
+    for name, ratio in ratios.items():
+        if ratio < 1:
+            print(f"  slower than the best peer: {name}: {ratio:.3f}")
 
 
 def plot(bench: Bench, path: Path) -> None:

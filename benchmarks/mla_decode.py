@@ -9,9 +9,7 @@ called as its own project calls it. The last lines say which targets are met.
 
 from __future__ import annotations
 
-import math
-
-from decode import Bench, Row, best_peer, main, must_move, operations
+from decode import Bench, Row, main, must_move, operations, print_ratios, pure_read_of, ratios_of
 
 # fmt: off
 ROWS = [
@@ -50,17 +48,10 @@ PACKED = "b 64, hq 16, kv 8k"
 def summary(bench: Bench) -> None:
     """The targets, and what was measured."""
     mine = {row.name: results[0].us for row, results in bench.rows}
-    first = {row.name for row in ROWS}
-    ratios = {
-        row.name: best_peer(results) / results[0].us for row, results in bench.rows if row.name in first
-    }
-    ratios = {name: ratio for name, ratio in ratios.items() if ratio > 0}
-    if ratios:
-        mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
-        print(f"\ngeometric mean over the rows: {mean:.3f} of the best peer's speed (target 1.15)")
-        for name, ratio in ratios.items():
-            if ratio < 1:
-                print(f"  slower than the best peer: {name}: {ratio:.3f}")
+    ratios = ratios_of(bench, {row.name for row in ROWS})
+    print_ratios(ratios, " (target 1.15)")
+    for row, results in bench.rows:
+        print(f"{row.name}: {results[0].us / pure_read_of(results):.3f} of the time of a pure read")
     for name, share in (("b 128, hq 16, kv 16k", 0.97), (PACKED, 0.90)):
         if name in mine:
             row = next(row for row in ROWS if row.name == name)

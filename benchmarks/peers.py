@@ -49,15 +49,43 @@ def load(peers: Path) -> dict[str, str]:
 
 
 def _load_flashinfer(wheels: Path) -> None:
-    """Install FlashInfer from its wheels into a new folder; it builds its kernels at the first call."""
+    """Install FlashInfer from its wheels beside nothing else; it builds its kernels at their first call.
+
+    Always into the same folder: what one process has built serves the next.
+    """
     files = sorted(str(path) for path in wheels.glob("*.whl"))
     if not files:
         raise OSError(f"no wheels in {wheels}")
-    folder = tempfile.mkdtemp(prefix="flashinfer")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*install, "--target", folder, *files], check=True)
+    folder = str(Path(tempfile.gettempdir()) / "anystride-flashinfer")
+    if not Path(folder, "flashinfer").exists():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        subprocess.run([*install, "--target", folder, *files], check=True)
     sys.path.append(folder)
     importlib.import_module("flashinfer.mla")
+    importlib.import_module("flashinfer.decode")
+
+
+def flashinfer_gqa(kwargs: dict[str, Any]) -> Call:
+    """FlashInfer's decode wrapper with tensor cores; planned once, as a model's layers share it."""
+    q, k, v = kwargs["q"], kwargs["k"], kwargs["v"]
+    if kwargs["max_seqlen_q"] > 1:
+        raise Absent("one query token only")
+    if "s_aux" in kwargs or "window_size" in kwargs:
+        raise Absent("no sinks in this wrapper")
+    lengths, block = kwargs["seqused_k"], k.shape[1]
+    counts = (lengths + block - 1) // block
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=q.device)
+    starts[1:] = counts.cumsum(0)
+    table = kwargs["block_table"]
+    there = torch.arange(table.shape[1], device=q.device) < counts[:, None]
+    workspace = torch.empty(512 << 20, dtype=torch.int8, device=q.device)
+    decode = sys.modules["flashinfer.decode"]
+    wrapper = decode.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    wrapper.plan(
+        starts, table[there], (lengths - 1) % block + 1, q.shape[1], k.shape[2], q.shape[2], block,
+        q_data_type=q.dtype, kv_data_type=k.dtype, sm_scale=kwargs["softmax_scale"],
+    )  # fmt: skip
+    return lambda: wrapper.run(q, (k, v))
 
 
 def flashinfer_mla(kwargs: dict[str, Any], d_v: int) -> Call:
@@ -137,18 +165,19 @@ def fa3(kwargs: dict[str, Any], q_v: bool) -> Call:
     batch, heads, kv_heads = kwargs["seqused_k"].shape[0], q.shape[1], k.shape[2]
     longest, tokens = kwargs["max_seqlen_k"], kwargs["max_seqlen_q"]
     causal = kwargs.get("causal", False)
+    left, right = kwargs.get("window_size", (-1, -1))
     metadata = torch.ops._vllm_fa3_C.get_scheduler_metadata(
         batch, tokens, longest, heads, kv_heads, q.shape[-1], v.shape[-1], q.dtype,
         kwargs["seqused_k"], kwargs["cu_seqlens_q"], None, None, None, None, k.shape[1], 0, causal,
-        -1, -1, False, 0, None, 0,
+        left, right, False, 0, None, 0,
     )  # fmt: skip
 
     def run() -> Any:
         out, _lse, _a, _b = torch.ops._vllm_fa3_C.fwd(
             q, k, v, None, None, latent, None, kwargs["cu_seqlens_q"], None, None, None,
             kwargs["seqused_k"], tokens, longest, kwargs["block_table"], None, None, None, None, None,
-            None, None, None, kwargs["softmax_scale"], causal, -1, -1, 0.0, True, metadata, 0, None, 0,
-            None, 1, 0, None,
+            None, None, None, kwargs["softmax_scale"], causal, left, right, 0.0, True, metadata, 0, None,
+            0, kwargs.get("s_aux"), 1, 0, None,
         )  # fmt: skip
         return out
 
@@ -160,6 +189,8 @@ def vllm_triton(kwargs: dict[str, Any], is_mla: bool) -> Call:
     q, k, v = kwargs["q"], kwargs["k"], kwargs["v"]
     if kwargs["max_seqlen_q"] > 1:
         raise Absent("one query token only")
+    if "s_aux" in kwargs or "window_size" in kwargs:
+        raise Absent("no sinks and no window")
     decode = sys.modules["vllm_triton_decode"].decode_attention_fwd
     longest = kwargs["max_seqlen_k"]
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count

@@ -49,10 +49,12 @@ def by_tma() -> Iterator[None]:
 
 
 def assert_same_bits(left: Result, right: Result) -> None:
+    """Rows that nobody writes included, which are NaN."""
     for one, other in zip(left, right, strict=True):
-        assert one is not None
-        assert other is not None
-        assert torch.equal(one, other)
+        if one is None or other is None:
+            assert one is other
+        else:
+            assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def metadata_of(inputs: Inputs, **others: Any) -> Tensor:

@@ -270,6 +270,12 @@ def context_lengths(problem: Problem, call: Call) -> tuple[Any, ...]:
     return (None if tot is None else Pointer("cp_tot_seqused_k"), *strides(tot, 1))
 
 
+def slopes(call: Call) -> tuple[Any, ...]:
+    """The slopes of alibi and their strides: of a sequence, of a head."""
+    alibi = strides(call.alibi_slopes, 2)
+    return (pointer(call, "alibi_slopes"), *((0, *alibi) if len(alibi) == 1 else alibi))
+
+
 def sinks(call: Call) -> tuple[Any, ...]:
     """The sinks and their stride."""
     return (pointer(call, "s_aux"), *strides(call.s_aux, 1))

@@ -1,7 +1,8 @@
 """The back end for sm_90: kernels in Gluon for what must be fast.
 
-MLA decode: the rows of a unit share one pass over the keys, whose latent part is loaded once and used as K
-and as V, in one row or in two buffers. What these kernels cannot read or do not know is refused.
+The rows of a unit share one pass over the keys. MLA: the latent part of a key is loaded once and used as K
+and as V, in one row or in two buffers. GQA, MQA and MHA: K and V are rows of their own, wherever they lie.
+What these kernels cannot read or do not know is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anystride.kernels import loaders_sm90
+from anystride.kernels import combine_sm90, loaders_sm90
+from anystride.kernels.gqa_sm90 import gqa_kernel
 from anystride.kernels.mla_narrow_sm90 import mla_narrow_kernel
 from anystride.kernels.mla_wide_sm90 import mla_wide_kernel
 from anystride.launch import (
@@ -42,6 +44,7 @@ from anystride.work import (
     schedule,
     shares,
     sinks,
+    slopes,
     split_work,
     vector,
 )
@@ -49,12 +52,19 @@ from anystride.work import (
 NAME = "hopper"
 COLUMNS = loaders_sm90.COLUMNS.value
 
-COMBINE_VALUES = 8192  # partial results that a warpgroup holds at once: 64 registers
+WARPGROUP_VALUES = combine_sm90.VALUES_AT_ONCE.value
 FEW_SHARES = 16  # of a unit, so few that they are read at once
+# MLA
 NARROW_ROWS = 32  # query tokens times heads of a group up to which keys are the long side of the products
 # d_v, and the dimensions that only K has, of the narrow kernel and of the wide one
 LATENTS, ROPES = (64, 256, 512), (32, 64)
 WIDE_LATENTS, WIDE_ROPES = (256, 512), (64,)
+# GQA: d_qk and d_v
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+SHARED_BYTES = 228 << 10  # of a processor, for its programs, each of which takes some for itself
+OWN_BYTES = 3 << 10  # of those: the system's, barriers, what reductions and conversions pass through
+RING_BYTES = 128 << 10  # tiles that the programs of a processor have on their way: more was never faster
+REGISTERS, THREADS = 65536, 256  # of a processor; of a program: a producer, and one warpgroup that computes
 
 
 class Tiles(NamedTuple):
@@ -62,7 +72,10 @@ class Tiles(NamedTuple):
 
     m: int  # rows
     n: int  # keys
-    consumer_registers: int  # of a thread of the two warpgroups that compute
+    consumer_registers: int  # of a thread of the warpgroups that compute
+    warpgroups: int = 2  # that compute
+    programs: int = 1  # a processor
+    stages: int = 2  # buffers for a tile
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,11 @@ class Config:
     def scratch(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shapes and dtypes of the buffers that a run needs."""
         return self.split.scratch
+
+
+def is_mla(problem: Problem) -> bool:
+    """Whether K and V share rows, or are to be scored by ``q`` and by ``q_v``."""
+    return problem.relation.kind == "v_in_k" or problem.has_q_v
 
 
 def rope_dims(problem: Problem) -> int:
@@ -148,6 +166,19 @@ def tensor_map(problem: Problem, name: str, strides: tuple[int, ...], d: int) ->
     return TensorMap(name, sizes, (*legal[:-1], 1), box, loaders_sm90.BOX_LAYOUT.value)
 
 
+def tensor_maps(problem: Problem, config: Config) -> tuple[TensorMap | None, ...]:
+    """The maps of K and V that the wide kernel takes, and whether there are any."""
+    p = problem
+    if not is_mla(p) or config.tiles.m <= NARROW_ROWS:
+        return ()
+    if not config.constants["BY_TMA"]:
+        return None, None
+    k_map = tensor_map(p, "k", p.k_strides, p.d_qk)
+    if config.constants["V_AT"] >= 0:
+        return k_map, None
+    return k_map, tensor_map(p, "v", p.v_strides, p.d_v)
+
+
 def query_vector(problem: Problem) -> int:
     """Elements that every row of q, and of q_v, is aligned to."""
     both = vector(problem.q_strides[:2], problem.q_align, problem.dtype.itemsize)
@@ -175,8 +206,12 @@ def shape_refusals(problem: Problem) -> list[str]:
         reasons.append(f"q is {p.dtype}; needs float16 or bfloat16")
     if p.k_dtype != p.dtype or p.v_dtype != p.dtype:
         reasons.append(f"the cache is {p.k_dtype} and {p.v_dtype}; needs q's {p.dtype}")
-    if p.relation.kind != "v_in_k" and not p.has_q_v:
-        reasons.append(f"K and V are {p.relation.kind}; needs V in K's row, or q_v")
+    if not is_mla(p):
+        if (p.d_qk, p.d_v) not in HEAD_DIMS:
+            reasons.append(
+                f"K and V are {p.relation.kind}, of {p.d_qk} and {p.d_v} dimensions; needs V in K's row, "
+                f"q_v, or one of {HEAD_DIMS}"
+            )
     elif p.relation.kind == "v_in_k" and p.relation.offset not in (0, p.d_qk - p.d_v):
         reasons.append(f"V begins at element {p.relation.offset} of K's row; needs its begin or its end")
     else:
@@ -187,8 +222,8 @@ def shape_refusals(problem: Problem) -> list[str]:
                 f"V of {p.d_v} and {rope_dims(p)} more dimensions of K, with {rows} rows (query tokens x "
                 f"heads of a group); needs {latents} and {ropes} of them"
             )
-    if p.has_alibi:
-        reasons.append("alibi_slopes were given; needs None")
+    if p.has_alibi and is_mla(p):
+        reasons.append("alibi_slopes were given for MLA; needs None")
     if p.has_q_descale or p.has_k_descale or p.has_v_descale:
         reasons.append("descales were given; needs None")
     return reasons
@@ -220,21 +255,35 @@ def choose_config(problem: Problem) -> Config:
 def choose_tiles(problem: Problem) -> Tiles:
     """Tile sizes of the decode kernel; eight rows where there are no more."""
     rows = rows_in_tiles(problem)
-    if rows > NARROW_ROWS:
-        return Tiles(64, 64, 224)
-    if rows > 16:
-        return Tiles(32, 64, 224)
-    return Tiles(8 if problem.group_size * problem.max_seqlen_q <= 8 else 16, 64, 184)
+    if problem.group_size * problem.max_seqlen_q <= 8:
+        m = 8
+    elif rows <= 32:
+        m = 16 if rows <= 16 else 32
+    else:
+        m = 64
+    if is_mla(problem):
+        return Tiles(m, STEP, 184 if m <= 16 else 224)
+    return gqa_tiles(problem, m)
 
 
-def is_narrow(tiles: Tiles) -> bool:
-    """Whether the kernel for few rows runs."""
-    return tiles.m <= NARROW_ROWS
+def gqa_tiles(problem: Problem, m: int) -> Tiles:
+    """Tiles of m rows: two programs a processor, one where two have no room for rings or for registers."""
+    itemsize = problem.dtype.itemsize
+    tile = STEP * (bucket(problem.d_qk) + bucket(problem.d_v)) * itemsize
+    once = m * (bucket(problem.d_qk) + STEP) * itemsize  # queries and weights
+
+    def stages(programs: int) -> int:
+        room = SHARED_BYTES // programs - OWN_BYTES - once
+        return int(min(room // tile, max(2, RING_BYTES // programs // tile)))
+
+    if m <= 16 and stages(2) >= 2:
+        return Tiles(m, STEP, 168, 1, 2, stages(2))
+    return Tiles(m, STEP, 248, 1, 1, stages(1))
 
 
 def programs(problem: Problem, target: Target) -> int:
-    """Programs of the decode kernel that run at once: one a processor, whose shared memory it fills."""
-    return target.processors
+    """Programs of the decode kernel that run at once: they fill the shared memory of the processors."""
+    return target.processors * choose_tiles(problem).programs
 
 
 def config_for(problem: Problem, target: Target) -> Config:
@@ -242,15 +291,11 @@ def config_for(problem: Problem, target: Target) -> Config:
     p = problem
     tiles = choose_tiles(p)
     split = split_work(p, target, programs(p, target))
-    v_at = p.relation.offset if p.relation.kind == "v_in_k" else -1
     constants = {
         "GROUP_SIZE": p.group_size,
         "BLOCK_SIZE": p.block_size if p.paged else 0,
         "BLOCKS_PER_PAGE": p.blocks_per_page,
         "D_V": p.d_v,
-        "D_K": rope_dims(p),
-        "K_AT": p.d_v if v_at == 0 else 0,
-        "V_AT": v_at,
         "VECTOR": row_vector(p),
         "Q_VECTOR": query_vector(p),
         "HAS_LEFT": p.window_left >= 0,
@@ -263,16 +308,22 @@ def config_for(problem: Problem, target: Target) -> Config:
         "SCHEDULED": split.scheduled,
         "FIXED_SPLITS": split.steps_per_split > 0,
     }
-    if is_narrow(tiles):
-        constants["TILE_M"] = tiles.m
+    if is_mla(p):
+        v_at = p.relation.offset if p.relation.kind == "v_in_k" else -1
+        constants |= {"D_K": rope_dims(p), "K_AT": p.d_v if v_at == 0 else 0, "V_AT": v_at}
+        if tiles.m <= NARROW_ROWS:
+            constants["TILE_M"] = tiles.m
+        else:
+            constants["BY_TMA"] = loads_by_tma(p, split.rows, programs(p, target))
     else:
-        constants["BY_TMA"] = loads_by_tma(p, split.rows, programs(p, target))
-    constants["SHARES"], constants["LINES"], constants["DIMS"] = combine_tile(p, split, target)
+        constants |= {"D_QK": p.d_qk, "K_SIZE": bucket(p.d_qk), "V_SIZE": bucket(p.d_v)}
+        constants |= {"TILE_M": tiles.m, "STAGES": tiles.stages}
+    constants["SHARES"], constants["LINES"], constants["DIMS"] = combine_shape(p, split, target)
     constants["CONSUMER_REGISTERS"] = tiles.consumer_registers
     return Config(tiles, split, constants)
 
 
-def combine_tile(problem: Problem, split: Split, target: Target) -> tuple[int, int, int]:
+def combine_shape(problem: Problem, split: Split, target: Target) -> tuple[int, int, int]:
     """Shares, lines and dimensions that a warpgroup combines at once; zeros: a kernel of its own combines.
 
     The decode kernel combines if all of its programs run at once, as they wait for each other, and if the
@@ -285,46 +336,44 @@ def combine_tile(problem: Problem, split: Split, target: Target) -> tuple[int, i
     # From the bucket of the batch and not from the longest sequence: neither may compile anew.
     units = bucket(problem.batch) * split.rows.units
     shares = max(2, full_parts(problem, split.rows, programs_at_once) // units)
-    tile_rows = choose_tiles(problem).m
-    # Both warpgroups of all parts of a unit take one tile each, if there are so many parts and so much room:
+    tiles = choose_tiles(problem)
+    # The warpgroups of all parts of a unit take one tile each, if there are so many parts and so much room:
     # else few shares take several smaller tiles, and many are read in turns.
-    results = max(32, bucket(-(-tile_rows * problem.d_v // (2 * shares))))
+    results = max(32, bucket(-(-tiles.m * problem.d_v // (tiles.warpgroups * shares))))
     if shares <= FEW_SHARES:
-        results = min(results, COMBINE_VALUES // bucket(shares))
-    dims = min(results, problem.d_v)
-    lines = min(results // dims, tile_rows)
-    return min(bucket(shares), COMBINE_VALUES // (lines * dims)), lines, dims
+        results = min(results, WARPGROUP_VALUES // bucket(shares))
+    dims = min(results, problem.d_v & -problem.d_v)  # slices of a power of two make up a line
+    lines = min(results // dims, tiles.m)
+    return min(bucket(shares), WARPGROUP_VALUES // (lines * dims)), lines, dims
 
 
 def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
     """What one call launches, in order. Looks at the strides of the call's tensors, never at an address."""
-    split = config.split
-    maps: tuple[TensorMap | None, ...] = () if is_narrow(config.tiles) else (None, None)
-    if config.constants.get("BY_TMA"):
-        k_map = tensor_map(problem, "k", problem.k_strides, problem.d_qk)
-        maps = (k_map, None)
-        if config.constants["V_AT"] < 0:
-            maps = (k_map, tensor_map(problem, "v", problem.v_strides, problem.d_v))
-    # fmt: off
-    arguments = (
-        pointer(call, "q"), *problem.q_strides[:2],
-        pointer(call, "q_v"), *problem.q_v_strides[:2],
-        pointer(call, "k"), *problem.k_strides[:4],
-        pointer(call, "v"), *problem.v_strides[:4],
-        *maps,
-        pointer(call, "block_table"), *problem.table_strides,
-        *lengths(call), *context_lengths(problem, call), *sinks(call),
-        schedule(split, call), *results(problem, call), Pointer("partial"), split.partial_lines,
-        problem.softmax_scale, problem.softcap,
-        problem.batch, problem.window_left, problem.window_right, problem.cp_rank, *shares(split),
-    )
-    # fmt: on
+    split, p = config.split, problem
+    cache = (
+        pointer(call, "k"), *p.k_strides[:4], pointer(call, "v"), *p.v_strides[:4],
+        *tensor_maps(p, config), pointer(call, "block_table"), *p.table_strides,
+        *lengths(call), *context_lengths(p, call),
+    )  # fmt: skip
+    rest = (
+        *sinks(call), schedule(split, call), *results(p, call), Pointer("partial"), split.partial_lines,
+        p.softmax_scale, p.softcap, p.batch, p.window_left, p.window_right, p.cp_rank, *shares(split),
+    )  # fmt: skip
+    arguments: tuple[Any, ...]
+    if is_mla(p):
+        kernel = mla_narrow_kernel if config.tiles.m <= NARROW_ROWS else mla_wide_kernel
+        q_v = (pointer(call, "q_v"), *p.q_v_strides[:2])
+        arguments = (pointer(call, "q"), *p.q_strides[:2], *q_v, *cache, *rest)
+    else:
+        kernel = gqa_kernel
+        arguments = (pointer(call, "q"), *p.q_strides[:2], *cache, *slopes(call), *rest)
     grid = (split.rows.tiles, problem.num_kv_heads, split.parts)
-    kernel = mla_narrow_kernel if is_narrow(config.tiles) else mla_wide_kernel
     combines = config.constants["SHARES"] > 0
     options: dict[str, Any] = {"num_warps": 4}
     if combines:
         options["launch_cooperative_grid"] = True  # all at once, or not at all
+    if config.tiles.programs > 1:
+        options["maxnreg"] = REGISTERS // (config.tiles.programs * THREADS)
     decode = Launch(kernel, grid, arguments, config.constants, options)
     return around(problem, split, call, decode, combines)
 

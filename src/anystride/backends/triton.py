@@ -25,7 +25,6 @@ from anystride.launch import (
     pointer,
     run_again,
     sources,
-    strides,
 )
 from anystride.problem import Call, Problem, bucket
 from anystride.work import (
@@ -43,6 +42,7 @@ from anystride.work import (
     schedule,
     shares,
     sinks,
+    slopes,
     split_work,
     vector,
 )
@@ -235,9 +235,6 @@ def _factor(descale: Tensor | float | None) -> float:
 def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
     """What one call launches, in order. Looks at the strides of the call's tensors, never at an address."""
     split = config.split
-    alibi = strides(call.alibi_slopes, 2)
-    if len(alibi) == 1:
-        alibi = (0, *alibi)
     v_in_k = problem.relation.kind == "v_in_k"
     # fmt: off
     arguments = (
@@ -247,7 +244,7 @@ def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
         pointer(call, "v"), *problem.v_strides,
         pointer(call, "block_table"), *problem.table_strides,
         *lengths(call), *context_lengths(problem, call),
-        pointer(call, "alibi_slopes"), *alibi, *sinks(call),
+        *slopes(call), *sinks(call),
         *_descale("q_descale", call.q_descale),
         *_descale("k_descale", call.k_descale),
         *_descale("v_descale", call.v_descale),

@@ -1,4 +1,4 @@
-"""The pieces of attention that Hopper's MLA kernels share: arguments, queries, scores, masks.
+"""The pieces of attention that Hopper's kernels share: arguments, queries, scores, masks.
 
 Masks come as two tensors that broadcast, one of key positions and one of rows, so that a kernel may have its
 keys on either side.
@@ -18,14 +18,15 @@ RUNTIME = [
     "stride_k_page", "stride_k_block", "stride_k_token", "stride_k_head",
     "stride_v_page", "stride_v_block", "stride_v_token", "stride_v_head",
     "stride_table_seq", "stride_table_block",
-    "stride_cu_q", "stride_cu_k", "stride_seqused", "stride_cp_tot", "stride_sinks",
+    "stride_cu_q", "stride_cu_k", "stride_seqused", "stride_cp_tot",
+    "stride_alibi_seq", "stride_alibi_head", "stride_sinks",
     "stride_out_token", "stride_out_head", "stride_out_dim", "stride_lse_head",
     "batch", "window_left", "window_right", "cp_rank",
     "units_per_seq", "splits_per_unit", "steps_per_split", "rows_per_unit", "partial_lines",
 ]  # fmt: skip
 UNALIGNED = [
-    "block_table_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr", "cp_tot_ptr", "sinks_ptr",
-    "metadata_ptr",
+    "block_table_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr", "cp_tot_ptr", "alibi_ptr",
+    "sinks_ptr", "metadata_ptr",
 ]  # fmt: skip
 
 
@@ -73,6 +74,15 @@ def seen_by_all(
 
 
 @gluon.jit
+def positions_over_ranks(positions, cp_rank, CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr):
+    """Where this rank's tokens stand in the sequence."""
+    if CP_WORLD_SIZE > 1:
+        turns = positions // CP_INTERLEAVE
+        positions = (turns * CP_WORLD_SIZE + cp_rank) * CP_INTERLEAVE + positions % CP_INTERLEAVE
+    return positions
+
+
+@gluon.jit
 def is_visible(
     positions, first, last, first_key, key_end, cp_rank, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
@@ -81,10 +91,7 @@ def is_visible(
     visible = positions < key_end
     if HAS_LEFT:
         visible = visible & (positions >= first_key)
-    where = positions
-    if CP_WORLD_SIZE > 1:
-        turns = positions // CP_INTERLEAVE
-        where = (turns * CP_WORLD_SIZE + cp_rank) * CP_INTERLEAVE + positions % CP_INTERLEAVE
+    where = positions_over_ranks(positions, cp_rank, CP_WORLD_SIZE, CP_INTERLEAVE)
     if HAS_RIGHT:
         visible = visible & (where <= last)
     if HAS_LEFT:
@@ -99,15 +106,17 @@ def fill_nan(
 ):  # fmt: skip
     """The answer to a schedule that was made for another call: NaN in every row."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    dims = gl.arange(0, D_V, LAYOUT).to(gl.int64)
-    nan = gl.full([D_V], float("nan"), gl.float32, LAYOUT)
+    SLICE: gl.constexpr = D_V & -D_V
+    dims = gl.arange(0, SLICE, LAYOUT).to(gl.int64)
+    nan = gl.full([SLICE], float("nan"), gl.float32, LAYOUT)
     for seq in range(part, batch, num_parts):
         q_start = gl.load(cu_seqlens_q_ptr + seq * stride_cu_q)
         num_rows = (gl.load(cu_seqlens_q_ptr + (seq + 1) * stride_cu_q) - q_start) * GROUP_SIZE
         for row in range(num_rows):
             token = (q_start + row // GROUP_SIZE).to(gl.int64)
             head = (kv_head * GROUP_SIZE + row % GROUP_SIZE).to(gl.int64)
-            ptrs = out[0] + (token * out[1] + head * out[2] + dims * out[3])
-            gl.store(ptrs, nan.to(out[0].dtype.element_ty))
+            for first in gl.static_range(0, D_V, SLICE):
+                ptrs = out[0] + (token * out[1] + head * out[2] + (first + dims) * out[3])
+                gl.store(ptrs, nan.to(out[0].dtype.element_ty))
             if lse[0] is not None:
                 gl.store(lse[0] + head * lse[1] + token, float("nan"))

@@ -17,6 +17,8 @@ from anystride.kernels.schedule import ARRIVALS, ROW
 warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 THREADS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one element each
+VALUES_AT_ONCE = gl.constexpr(8192)  # partial results that a warpgroup holds: 64 registers a thread
+FEW = gl.constexpr(16)  # shares of a unit
 
 
 @gluon.jit
@@ -61,14 +63,23 @@ def wait_for_all(counter_ptr):
     warpgroup_barrier()
 
 
+@gluon.constexpr_function
+def whole_lines(shares, rows, d_v):
+    """Lines and dimensions of so many shares that a warpgroup holds at once: whole lines, if it can."""
+    values = VALUES_AT_ONCE.value // shares
+    dims = min(values, d_v & -d_v)
+    return min(values // dims, rows), dims
+
+
 @gluon.jit
 def combine_cut_units(
-    W: gl.constexpr, is_foreign, walk, sinks, out, lse, partial, kv_head, num_kv_heads,
+    W: gl.constexpr, WARPGROUPS: gl.constexpr, is_foreign, walk, sinks, out, lse, partial,
+    kv_head, num_kv_heads,
     GROUP_SIZE: gl.constexpr, TILE_M: gl.constexpr, D_V: gl.constexpr,
     SHARES: gl.constexpr, LINES: gl.constexpr, DIMS: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
 ):  # fmt: skip
-    """What warpgroup W of a part does when all of its results are written.
+    """What warpgroup W of the WARPGROUPS of a part that compute does when all of its results are written.
 
     A part may have a share of two cut units: of the one with which it begins and of the one with which it
     ends. Arrivals depend on nothing but the schedule, so that lengths which do not fit it cannot make a
@@ -92,7 +103,7 @@ def combine_cut_units(
     begin_shares = gl.where(is_foreign, 0, begin_shares)
     end_shares = gl.where(is_foreign | one_unit, 0, end_shares)
     begin_part = begin_slot // 2
-    arrivals = 2 * gl.num_programs(0) * gl.num_programs(1)
+    arrivals = WARPGROUPS * gl.num_programs(0) * gl.num_programs(1)
     if begin_shares > 1:
         arrive(metadata_ptr + (begin_part + 1) * ROW + ARRIVALS, begin_shares * arrivals)
     if end_shares > 1:
@@ -100,29 +111,42 @@ def combine_cut_units(
     for nth in range(2):
         first = nth == 0
         num_shares = gl.where(first, begin_shares, end_shares)
-        if num_shares > 1:
+        first_slot = gl.where(first, begin_slot, 2 * part + 1)
+        unit = gl.where(first, begin_unit, end_unit)
+        q_start = gl.where(first, begin_q_start, end_q_start)
+        num_tokens = gl.where(first, begin_tokens, end_tokens)
+        # Where many parts are expected, tiles are small, to give each of them one; short sequences have few.
+        if SHARES > FEW and (num_shares > 1) & (num_shares <= FEW):
             combine_share(
-                W, part, gl.where(first, begin_slot, 2 * part + 1), num_shares,
-                gl.where(first, begin_unit, end_unit), gl.where(first, begin_q_start, end_q_start),
-                gl.where(first, begin_tokens, end_tokens),
-                walk, sinks, out, lse, partial, kv_head, num_kv_heads,
-                GROUP_SIZE, TILE_M, D_V, SHARES, LINES, DIMS, OUT_UNIT, OUT_VECTOR,
+                W, WARPGROUPS, part, first_slot, num_shares, unit, q_start, num_tokens,
+                walk, sinks, out, lse, partial, kv_head, num_kv_heads, GROUP_SIZE, TILE_M, D_V,
+                FEW, whole_lines(FEW, TILE_M, D_V)[0], whole_lines(FEW, TILE_M, D_V)[1],
+                OUT_UNIT, OUT_VECTOR,
+            )  # fmt: skip
+        elif num_shares > 1:
+            combine_share(
+                W, WARPGROUPS, part, first_slot, num_shares, unit, q_start, num_tokens,
+                walk, sinks, out, lse, partial, kv_head, num_kv_heads, GROUP_SIZE, TILE_M, D_V,
+                SHARES, LINES, DIMS, OUT_UNIT, OUT_VECTOR,
             )  # fmt: skip
 
 
 @gluon.jit
 def combine_share(
-    W: gl.constexpr, part, first_slot, num_shares, unit, q_start, num_tokens,
+    W: gl.constexpr, WARPGROUPS: gl.constexpr, part, first_slot, num_shares, unit, q_start, num_tokens,
     walk, sinks, out, lse, partial, kv_head, num_kv_heads,
     GROUP_SIZE: gl.constexpr, TILE_M: gl.constexpr, D_V: gl.constexpr,
     SHARES: gl.constexpr, LINES: gl.constexpr, DIMS: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
 ):  # fmt: skip
     """Combine some of the tiles, of LINES rows and DIMS dimensions, of this program's rows of a unit."""
+    # Warps lie along dimensions, then lines, and only then shares, whose sum would go through shared memory.
     DIM_LANES: gl.constexpr = min(DIMS // 4, 32)
     DIM_WARPS: gl.constexpr = min(DIMS // (4 * DIM_LANES), 4)
+    LINE_WARPS: gl.constexpr = min(LINES, 4 // DIM_WARPS)
+    SHARE_WARPS: gl.constexpr = 4 // (DIM_WARPS * LINE_WARPS)
     VALUES: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 4], [32 // DIM_LANES, 1, DIM_LANES], [4 // DIM_WARPS, 1, DIM_WARPS], [2, 1, 0]
+        [1, 1, 4], [32 // DIM_LANES, 1, DIM_LANES], [SHARE_WARPS, LINE_WARPS, DIM_WARPS], [2, 1, 0]
     )  # [SHARES, LINES, DIMS]
     RESULT: gl.constexpr = gl.SliceLayout(0, VALUES)  # [LINES, DIMS]
     LINE: gl.constexpr = gl.SliceLayout(1, RESULT)
@@ -134,7 +158,9 @@ def combine_share(
     lse_ptr = partial[0] + partial[1].to(gl.int64) * D_V
     tile_row = gl.program_id(0) * TILE_M
     wait_for_all(walk[0] + (first_part + 1) * ROW + ARRIVALS)
-    for item in range(2 * (part - first_part) + W, (TILE_M // LINES) * NUM_SLICES, 2 * num_shares):
+    turn = WARPGROUPS * (part - first_part) + W
+    num_lines = gl.minimum(TILE_M, num_rows - unit * rows_per_unit - tile_row)
+    for item in range(turn, ((num_lines + LINES - 1) // LINES) * NUM_SLICES, WARPGROUPS * num_shares):
         first_line = tile_row + (item // NUM_SLICES) * LINES
         first_dim = (item % NUM_SLICES) * DIMS
         in_unit = first_line + gl.arange(0, LINES, gl.SliceLayout(0, WEIGHTS))

@@ -48,10 +48,18 @@ else:
         return smem._reinterpret(smem.dtype, [COUNT, 1, 1, 1, TILE, COLUMNS], BOX_LAYOUT)
 
 
+@gluon.constexpr_function
+def span(width, most):
+    """Elements of a row of ``width`` that are copied at a time: a power of two that divides it."""
+    return min(width & -width, most)
+
+
 @gluon.jit
-def copy_rows(tile, ptr, rows, mask, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
-    """Start to copy rows into a tile ``[TILE, WIDTH]``; rows that are masked become zeros."""
-    STEP: gl.constexpr = min(WIDTH, COLUMNS)
+def copy_rows(
+    tile, ptr, rows, mask, WIDTH: gl.constexpr, LAYOUT: gl.constexpr, MOST: gl.constexpr = COLUMNS
+):  # fmt: skip
+    """Start to copy rows of WIDTH elements into a tile, MOST at a time; rows that are masked become zeros."""
+    STEP: gl.constexpr = span(WIDTH, MOST)
     columns = gl.arange(0, STEP, gl.SliceLayout(0, LAYOUT))
     ptrs = ptr + (gl.expand_dims(rows, 1) + gl.expand_dims(columns, 0))
     for i in gl.static_range(WIDTH // STEP):

@@ -316,7 +316,7 @@ def consume(
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
     if SHARES > 0:
         combine_cut_units(
-            W, end_seq < 0, walk, sinks, out, lse, partial, kv_head, num_kv_heads,
+            W, 2, end_seq < 0, walk, sinks, out, lse, partial, kv_head, num_kv_heads,
             GROUP_SIZE, TILE_M, D_V0 + D_V1, SHARES, LINES, DIMS, OUT_UNIT, OUT_VECTOR,
         )  # fmt: skip
 

@@ -574,7 +574,7 @@ def consume_left(
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
     if SHARES > 0:
         combine_cut_units(
-            0, end_seq < 0, walk, sinks, out, lse, partial, kv_head, num_kv_heads,
+            0, 2, end_seq < 0, walk, sinks, out, lse, partial, kv_head, num_kv_heads,
             GROUP_SIZE, ROWS, 2 * D_HALF, SHARES, LINES, DIMS, OUT_UNIT, OUT_VECTOR,
         )  # fmt: skip
 
@@ -704,7 +704,7 @@ def consume_right(
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
     if SHARES > 0:
         combine_cut_units(
-            1, end_seq < 0, walk, sinks, out, lse, partial, kv_head, num_kv_heads,
+            1, 2, end_seq < 0, walk, sinks, out, lse, partial, kv_head, num_kv_heads,
             GROUP_SIZE, ROWS, 2 * D_HALF, SHARES, LINES, DIMS, OUT_UNIT, OUT_VECTOR,
         )  # fmt: skip
 
