@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from anystride.kernels.decode import LN_2, LOG2_E
 from anystride.kernels.ranges import nominal_steps, num_units, sequence_facts
 from anystride.kernels.schedule import ROW, costs, is_foreign, part_at
+from anystride.kernels.softmax import LN_2, LOG2_E, add_sink, normaliser
 
 RUNTIME = [
     "stride_out_token", "stride_out_head", "stride_out_dim", "stride_lse_head",
@@ -154,15 +154,9 @@ def combine_kernel(
         head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
         if sinks_ptr is not None:
             sink = tl.load(sinks_ptr + head * stride_sinks, mask=row_mask, other=0.0).to(tl.float32) * LOG2_E
-            anchor = tl.maximum(top, sink)
-            anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
-            shrink = tl.exp2(top - anchor)
-            weight_sum = tl.where(weight_sum > 0, weight_sum * shrink + tl.exp2(sink - anchor), 0.0)
+            top, shrink, weight_sum = add_sink(top, weight_sum, sink)
             acc = acc * shrink[:, None]
-            top = anchor
-        some = weight_sum > 0
-        weight_sum = tl.where(some, weight_sum, 1.0)
-        inverse = tl.where(some, 1.0 / weight_sum, 0.0)
+        some, weight_sum, inverse = normaliser(weight_sum, 1.0)
         q_token = (q_start + token).to(tl.int64)
         out_rows = q_token * stride_out_token + head.to(tl.int64) * stride_out_head
         ptrs = out_ptr + tl.multiple_of(out_rows, OUT_VECTOR)[:, None]

@@ -10,8 +10,8 @@ Source: Flash-Decoding; the formula is that of ``anystride.merge``, in base 2.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from anystride.kernels.decode import LN_2, LOG2_E
 from anystride.kernels.schedule import ARRIVALS, ROW
+from anystride.kernels.softmax import LN_2, LOG2_E, add_sink, normaliser
 
 # Triton 3.7 gave it a new name.
 warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -196,15 +196,9 @@ def combine_share(
         head = (kv_head * GROUP_SIZE + rows % GROUP_SIZE).to(gl.int64)
         if sinks[0] is not None:
             sink = gl.load(sinks[0] + head * sinks[1], mask=row_mask, other=0.0).to(gl.float32) * LOG2_E
-            anchor = gl.maximum(top, sink)
-            anchor = gl.where(anchor == float("-inf"), 0.0, anchor)
-            shrink = gl.exp2(top - anchor)
-            weight_sum = gl.where(weight_sum > 0, weight_sum * shrink + gl.exp2(sink - anchor), 0.0)
+            top, shrink, weight_sum = add_sink(top, weight_sum, sink)
             acc = acc * gl.expand_dims(shrink, 1)
-            top = anchor
-        some = weight_sum > 0
-        weight_sum = gl.where(some, weight_sum, 1.0)
-        inverse = gl.where(some, 1.0 / weight_sum, 0.0)
+        some, weight_sum, inverse = normaliser(weight_sum, 1.0)
         out_rows = gl.multiple_of(token * out[1] + head * out[2], OUT_VECTOR)
         out_dims = dims.to(gl.int64)
         if not OUT_UNIT:

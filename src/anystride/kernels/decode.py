@@ -23,9 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
 from anystride.kernels.schedule import is_foreign
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from anystride.kernels.softmax import LN_2, LOG2_E, add_sink, normaliser, tanh
 
 # Everything that may change from call to call without a new compilation.
 RUNTIME = [
@@ -70,18 +68,6 @@ def fp8_to(x, DTYPE: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
             half = tl.where((bits & 0x7F) == 0x7F, 0x7E00, half).to(tl.uint16)
             wide = half.to(tl.float16, bitcast=True) * 256.0
     return wide.to(DTYPE)
-
-
-@triton.jit
-def tanh(x):
-    """Hyperbolic tangent in float32, right to rounding near 0 as well; no vendor library needed."""
-    square = x * x
-    series = x * (
-        1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * 62.0 / 2835)))
-    )
-    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
-    far = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -442,18 +428,11 @@ def decode_kernel(
                 if sinks_ptr is not None:
                     sink = tl.load(sinks_ptr + head * stride_sinks, mask=row_mask, other=0.0)
                     sink = sink.to(tl.float32) * LOG2_E
-                    # A sink above every score moves the anchor; a row without keys stays empty.
-                    anchor = tl.maximum(row_max, sink)
-                    anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
-                    shrink = tl.exp2(row_max - anchor)
-                    row_total = tl.where(row_sum > 0, row_sum * shrink + tl.exp2(sink - anchor), 0.0)
-                    row_max = anchor
+                    row_max, shrink, row_total = add_sink(row_max, row_sum, sink)
                     acc0 = acc0 * shrink[None, :]
                     if D_V1 > 0:
                         acc1 = acc1 * shrink[None, :]
-                some = row_total > 0
-                row_total = tl.where(some, row_total, 1.0)
-                inverse = tl.where(some, v_factor / row_total, 0.0)
+                some, row_total, inverse = normaliser(row_total, v_factor)
                 if lse_ptr is not None:
                     lse = tl.where(some, (row_max + tl.log2(row_total)) * LN_2, float("-inf"))
                     lse_row = lse_ptr + head.to(tl.int64) * stride_lse_head + q_token
@@ -472,9 +451,7 @@ def decode_kernel(
                     seq, unit, first_seq, first_unit, part, kv_head, tl.num_programs(1), rows_per_unit,
                     tile_in_unit, TILE_M, SCHEDULED,
                 )  # fmt: skip
-                some = row_sum > 0
-                row_sum = tl.where(some, row_sum, 1.0)
-                inverse = tl.where(some, v_factor / row_sum, 0.0)
+                some, row_sum, inverse = normaliser(row_sum, v_factor)
                 lse = tl.where(some, row_max + tl.log2(row_sum), float("-inf"))
                 partial_lse_ptr = partial_ptr + partial_lines.to(tl.int64) * DIMS_V
                 tl.store(partial_lse_ptr + first_line + offs_m, lse)

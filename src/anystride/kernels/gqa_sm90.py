@@ -31,10 +31,10 @@ from anystride.kernels.attention_sm90 import (
     seen_by_all,
 )
 from anystride.kernels.combine_sm90 import combine_cut_units
-from anystride.kernels.decode import LN_2, LOG2_E
 from anystride.kernels.loaders_sm90 import PRODUCERS, TILE, copy_rows, find_blocks, row_offsets, span
 from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
 from anystride.kernels.schedule import is_foreign
+from anystride.kernels.softmax import LN_2, LOG2_E
 
 # Elements of a row that are copied at a time. Where rows begin off a line of 128 bytes, 256 bytes lie in
 # three lines and twice 128 in four.

@@ -32,7 +32,6 @@ from anystride.kernels.attention_sm90 import (
     seen_by_all,
 )
 from anystride.kernels.combine_sm90 import combine_cut_units
-from anystride.kernels.decode import LN_2, LOG2_E
 from anystride.kernels.loaders_sm90 import (
     COLUMNS,
     PRODUCERS,
@@ -44,6 +43,7 @@ from anystride.kernels.loaders_sm90 import (
 )
 from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
 from anystride.kernels.schedule import is_foreign
+from anystride.kernels.softmax import LN_2, LOG2_E
 
 PLAIN_2D = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 

@@ -39,7 +39,6 @@ from anystride.kernels.attention_sm90 import (
     seen_by_all,
 )
 from anystride.kernels.combine_sm90 import combine_cut_units
-from anystride.kernels.decode import LN_2, LOG2_E
 from anystride.kernels.loaders_sm90 import (
     COLUMNS,
     PRODUCERS,
@@ -53,6 +52,7 @@ from anystride.kernels.loaders_sm90 import (
 )
 from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
 from anystride.kernels.schedule import is_foreign
+from anystride.kernels.softmax import LN_2, LOG2_E
 
 ROWS = gl.constexpr(64)  # of a tile: those of a warpgroup's product
 MASKED = gl.constexpr(-1.0e33)
