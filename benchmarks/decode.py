@@ -353,7 +353,7 @@ def plot(bench: Bench, path: Path) -> None:
     axes.plot([low, knee, high], [low * read / 1e12, product / 1e12, product / 1e12], color="0.3", lw=1)
     axes.text(45, 45 * read / 1e12 * 1.1, f"{read / 1e9:.0f} GB/s read", fontsize=8, ha="right")
     axes.text(high, product / 1e12 * 1.04, f"{product / 1e12:.0f} TFLOP/s bf16", fontsize=8, ha="right")
-    kernels = list(dict.fromkeys(r.kernel for _, results in bench.rows for r in results))
+    kernels = dict.fromkeys(r.kernel for _, results in bench.rows for r in results if r.kernel != PURE_READ)
     for nth, kernel in enumerate(kernels):
         points = [
             (operations(row) / must_move(row), operations(row) / r.us * 1e-6)
