@@ -340,6 +340,15 @@ def print_ratios(ratios: dict[str, float], target: str) -> None:
             print(f"  slower than the best peer: {name}: {ratio:.3f}")
 
 
+def print_layouts(bench: Bench, packed: str) -> None:
+    """The time of each layout of a row by that of the packed one."""
+    mine = {row.name: results[0].us for row, results in bench.rows}
+    for row, _results in bench.rows:
+        if row.name.startswith(f"{packed}, ") and packed in mine:
+            most = 1.25 if row.block < 16 else 1.03
+            print(f"{row.name}: {mine[row.name] / mine[packed]:.3f} of packed (target {most})")
+
+
 def plot(bench: Bench, path: Path) -> None:
     """The roofline: what each kernel reached, under the two ceilings of the same run."""
     import matplotlib

@@ -9,7 +9,7 @@ The last lines say which targets are met.
 
 from __future__ import annotations
 
-from decode import Bench, Row, main, must_move, print_ratios, pure_read_of, ratios_of
+from decode import Bench, Row, main, must_move, print_layouts, print_ratios, pure_read_of, ratios_of
 
 # fmt: off
 ROWS = [
@@ -59,10 +59,8 @@ def summary(bench: Bench) -> None:
     one = "b 1, 32/8, d 128, kv 32k"
     if one in ratios:
         print(f"{one}: {1 / ratios[one]:.3f} of the best peer's time (target 0.75)")
+    print_layouts(bench, PACKED)
     for row, _results in bench.rows:
-        if row.name.startswith(f"{PACKED}, ") and PACKED in mine:
-            most = 1.25 if row.block < 16 else 1.03
-            print(f"{row.name}: {mine[row.name] / mine[PACKED]:.3f} of packed (target {most})")
         if row.name.startswith(f"{ONE_TOKEN}, q_len") and ONE_TOKEN in mine:
             print(f"{row.name}: {mine[row.name] / mine[ONE_TOKEN]:.3f} of one token (target 1.05)")
 

@@ -9,7 +9,17 @@ called as its own project calls it. The last lines say which targets are met.
 
 from __future__ import annotations
 
-from decode import Bench, Row, main, must_move, operations, print_ratios, pure_read_of, ratios_of
+from decode import (
+    Bench,
+    Row,
+    main,
+    must_move,
+    operations,
+    print_layouts,
+    print_ratios,
+    pure_read_of,
+    ratios_of,
+)
 
 # fmt: off
 ROWS = [
@@ -64,10 +74,7 @@ def summary(bench: Bench) -> None:
     for name, share in (("b 1, hq 16, kv 8k", 0.55), ("b 1, hq 16, kv 128k", 0.70)):
         if name in ratios:
             print(f"{name}: {1 / ratios[name]:.3f} of the best peer's time (target {share})")
-    for row, results in bench.rows:
-        if row.name.startswith(f"{PACKED}, ") and PACKED in mine:
-            most = 1.25 if row.block < 16 else 1.03
-            print(f"{row.name}: {results[0].us / mine[PACKED]:.3f} of packed (target {most})")
+    print_layouts(bench, PACKED)
 
 
 if __name__ == "__main__":

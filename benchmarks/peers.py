@@ -51,12 +51,13 @@ def load(peers: Path) -> dict[str, str]:
 def _load_flashinfer(wheels: Path) -> None:
     """Install FlashInfer from its wheels beside nothing else; it builds its kernels at their first call.
 
-    Always into the same folder: what one process has built serves the next.
+    One version always into the same folder: what one process has built serves the next.
     """
     files = sorted(str(path) for path in wheels.glob("*.whl"))
     if not files:
         raise OSError(f"no wheels in {wheels}")
-    folder = str(Path(tempfile.gettempdir()) / "anystride-flashinfer")
+    versions = "-".join(path.stem for path in wheels.glob("flashinfer_python-*.whl"))
+    folder = str(Path(tempfile.gettempdir()) / f"anystride-{versions}")
     if not Path(folder, "flashinfer").exists():
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
         subprocess.run([*install, "--target", folder, *files], check=True)
@@ -65,24 +66,29 @@ def _load_flashinfer(wheels: Path) -> None:
     importlib.import_module("flashinfer.decode")
 
 
+def _flashinfer_pages(kwargs: dict[str, Any], block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where each sequence's blocks begin among all block ids in use, these ids, and a workspace."""
+    lengths, table = kwargs["seqused_k"], kwargs["block_table"]
+    counts = (lengths + block - 1) // block
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=table.device)
+    starts[1:] = counts.cumsum(0)
+    there = torch.arange(table.shape[1], device=table.device) < counts[:, None]
+    return starts, table[there], torch.empty(512 << 20, dtype=torch.int8, device=table.device)
+
+
 def flashinfer_gqa(kwargs: dict[str, Any]) -> Call:
     """FlashInfer's decode wrapper with tensor cores; planned once, as a model's layers share it."""
     q, k, v = kwargs["q"], kwargs["k"], kwargs["v"]
     if kwargs["max_seqlen_q"] > 1:
         raise Absent("one query token only")
     if "s_aux" in kwargs or "window_size" in kwargs:
-        raise Absent("no sinks in this wrapper")
+        raise Absent("called here without sinks and without a window")
     lengths, block = kwargs["seqused_k"], k.shape[1]
-    counts = (lengths + block - 1) // block
-    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=q.device)
-    starts[1:] = counts.cumsum(0)
-    table = kwargs["block_table"]
-    there = torch.arange(table.shape[1], device=q.device) < counts[:, None]
-    workspace = torch.empty(512 << 20, dtype=torch.int8, device=q.device)
+    starts, ids, workspace = _flashinfer_pages(kwargs, block)
     decode = sys.modules["flashinfer.decode"]
     wrapper = decode.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     wrapper.plan(
-        starts, table[there], (lengths - 1) % block + 1, q.shape[1], k.shape[2], q.shape[2], block,
+        starts, ids, (lengths - 1) % block + 1, q.shape[1], k.shape[2], q.shape[2], block,
         q_data_type=q.dtype, kv_data_type=k.dtype, sm_scale=kwargs["softmax_scale"],
     )  # fmt: skip
     return lambda: wrapper.run(q, (k, v))
@@ -92,15 +98,10 @@ def flashinfer_mla(kwargs: dict[str, Any], d_v: int) -> Call:
     """FlashInfer's MLA wrapper with its kernels for Hopper; planned once, as a model's layers share it."""
     q, k = kwargs["q"], kwargs["k"][:, :, 0]
     lengths, block = kwargs["seqused_k"], k.shape[1]
-    counts = (lengths + block - 1) // block
-    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=q.device)
-    starts[1:] = counts.cumsum(0)
-    table = kwargs["block_table"]
-    there = torch.arange(table.shape[1], device=q.device) < counts[:, None]
-    workspace = torch.empty(512 << 20, dtype=torch.int8, device=q.device)
+    starts, ids, workspace = _flashinfer_pages(kwargs, block)
     wrapper = sys.modules["flashinfer.mla"].BatchMLAPagedAttentionWrapper(workspace, backend="fa3")
     wrapper.plan(
-        kwargs["cu_seqlens_q"], starts, table[there], lengths, q.shape[1], d_v, q.shape[2] - d_v, block,
+        kwargs["cu_seqlens_q"], starts, ids, lengths, q.shape[1], d_v, q.shape[2] - d_v, block,
         kwargs.get("causal", False), kwargs["softmax_scale"], q.dtype, k.dtype,
     )  # fmt: skip
 
