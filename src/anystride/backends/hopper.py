@@ -53,7 +53,7 @@ NAME = "hopper"
 COLUMNS = loaders_sm90.COLUMNS.value
 
 WARPGROUP_VALUES = combine_sm90.VALUES_AT_ONCE.value
-FEW_SHARES = 16  # of a unit, so few that they are read at once
+FEW_SHARES = combine_sm90.FEW.value
 # MLA
 NARROW_ROWS = 32  # query tokens times heads of a group up to which keys are the long side of the products
 # d_v, and the dimensions that only K has, of the narrow kernel and of the wide one
@@ -342,8 +342,7 @@ def combine_shape(problem: Problem, split: Split, target: Target) -> tuple[int, 
     results = max(32, bucket(-(-tiles.m * problem.d_v // (tiles.warpgroups * shares))))
     if shares <= FEW_SHARES:
         results = min(results, WARPGROUP_VALUES // bucket(shares))
-    dims = min(results, problem.d_v & -problem.d_v)  # slices of a power of two make up a line
-    lines = min(results // dims, tiles.m)
+    lines, dims = combine_sm90.lines_and_dims(results, tiles.m, problem.d_v)
     return min(bucket(shares), WARPGROUP_VALUES // (lines * dims)), lines, dims
 
 

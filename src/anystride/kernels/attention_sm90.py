@@ -8,6 +8,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from anystride.kernels.ranges import positions_over_ranks
+from anystride.kernels.schedule import is_foreign
 from anystride.kernels.softmax import LOG2_E, tanh
 
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -74,15 +76,6 @@ def seen_by_all(
 
 
 @gluon.jit
-def positions_over_ranks(positions, cp_rank, CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr):
-    """Where this rank's tokens stand in the sequence."""
-    if CP_WORLD_SIZE > 1:
-        turns = positions // CP_INTERLEAVE
-        positions = (turns * CP_WORLD_SIZE + cp_rank) * CP_INTERLEAVE + positions % CP_INTERLEAVE
-    return positions
-
-
-@gluon.jit
 def is_visible(
     positions, first, last, first_key, key_end, cp_rank, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
@@ -100,11 +93,23 @@ def is_visible(
 
 
 @gluon.jit
+def answer_foreign(
+    walk, lengths, out, lse, kv_head, GROUP_SIZE: gl.constexpr, D_V: gl.constexpr,
+):  # fmt: skip
+    """The answer to a schedule that was made for another call: NaN in every row, by all parts together."""
+    num_parts = gl.num_programs(2)
+    if is_foreign(walk[0], walk[5], walk[1], num_parts):
+        fill_nan(
+            out, lse, lengths[0], lengths[1], walk[1], kv_head, gl.program_id(2), num_parts, GROUP_SIZE, D_V
+        )
+
+
+@gluon.jit
 def fill_nan(
     out, lse, cu_seqlens_q_ptr, stride_cu_q, batch, kv_head, part, num_parts,
     GROUP_SIZE: gl.constexpr, D_V: gl.constexpr,
 ):  # fmt: skip
-    """The answer to a schedule that was made for another call: NaN in every row."""
+    """NaN in the rows of every ``num_parts``-th sequence from ``part`` on."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     SLICE: gl.constexpr = D_V & -D_V
     dims = gl.arange(0, SLICE, LAYOUT).to(gl.int64)

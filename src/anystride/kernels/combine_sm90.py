@@ -18,7 +18,7 @@ warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 THREADS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one element each
 VALUES_AT_ONCE = gl.constexpr(8192)  # partial results that a warpgroup holds: 64 registers a thread
-FEW = gl.constexpr(16)  # shares of a unit
+FEW = gl.constexpr(16)  # shares of a unit, so few that they are read at once
 
 
 @gluon.jit
@@ -64,9 +64,8 @@ def wait_for_all(counter_ptr):
 
 
 @gluon.constexpr_function
-def whole_lines(shares, rows, d_v):
-    """Lines and dimensions of so many shares that a warpgroup holds at once: whole lines, if it can."""
-    values = VALUES_AT_ONCE.value // shares
+def lines_and_dims(values, rows, d_v):
+    """So many values of a share as lines and dimensions: whole lines, or slices of a power of two of them."""
     dims = min(values, d_v & -d_v)
     return min(values // dims, rows), dims
 
@@ -86,6 +85,7 @@ def combine_cut_units(
     program wait for ever. SHARES, LINES, DIMS: what is read at once. The shares are read in their order: the
     bits do not depend on who finished first.
     """
+    FEW_TILE: gl.constexpr = lines_and_dims(VALUES_AT_ONCE // FEW, TILE_M, D_V)
     part = gl.program_id(2)
     metadata_ptr = walk[0]
     row_ptr = metadata_ptr + (part + 1) * ROW
@@ -120,8 +120,7 @@ def combine_cut_units(
             combine_share(
                 W, WARPGROUPS, part, first_slot, num_shares, unit, q_start, num_tokens,
                 walk, sinks, out, lse, partial, kv_head, num_kv_heads, GROUP_SIZE, TILE_M, D_V,
-                FEW, whole_lines(FEW, TILE_M, D_V)[0], whole_lines(FEW, TILE_M, D_V)[1],
-                OUT_UNIT, OUT_VECTOR,
+                FEW, FEW_TILE[0], FEW_TILE[1], OUT_UNIT, OUT_VECTOR,
             )  # fmt: skip
         elif num_shares > 1:
             combine_share(

@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
+from anystride.kernels.ranges import positions_over_ranks
 from anystride.kernels.schedule import is_foreign
 from anystride.kernels.softmax import LN_2, LOG2_E, add_sink, normaliser, tanh
 
@@ -395,10 +396,7 @@ def decode_kernel(
                     scores = tanh(scores * (scale / softcap)) * (softcap * LOG2_E)
                 else:
                     scores = scores * (scale * LOG2_E)
-                where = positions
-                if CP_WORLD_SIZE > 1:
-                    turn = positions // CP_INTERLEAVE
-                    where = (turn * CP_WORLD_SIZE + cp_rank) * CP_INTERLEAVE + positions % CP_INTERLEAVE
+                where = positions_over_ranks(positions, cp_rank, CP_WORLD_SIZE, CP_INTERLEAVE)
                 if alibi_ptr is not None:
                     apart = tl.abs(centre[None, :] - where[:, None]).to(tl.float32)
                     scores -= (slope * LOG2_E)[None, :] * apart

@@ -32,7 +32,7 @@ from anystride.kernels.attention_sm90 import (
     PLAIN,
     RUNTIME,
     UNALIGNED,
-    fill_nan,
+    answer_foreign,
     in_base_2,
     is_visible,
     load_queries,
@@ -47,11 +47,11 @@ from anystride.kernels.loaders_sm90 import (
     boxes_of,
     copy_rows,
     find_blocks,
+    find_sequence,
     load_boxes,
     row_offsets,
 )
 from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
-from anystride.kernels.schedule import is_foreign
 from anystride.kernels.softmax import LN_2, LOG2_E
 
 ROWS = gl.constexpr(64)  # of a tile: those of a warpgroup's product
@@ -272,12 +272,7 @@ def produce(
                 unit, step, stop_step, num_tokens, length, total, walk,
                 GROUP_SIZE, HAS_LEFT, HAS_RIGHT, SHARDED,
             )  # fmt: skip
-            k_start = seq.to(gl.int64)
-            table_ptr = table[0]
-            if BLOCK_SIZE == 0:
-                k_start = gl.load(lengths[2] + seq * lengths[3]).to(gl.int64)
-            else:
-                table_ptr += seq.to(gl.int64) * table[1]
+            k_start, table_ptr = find_sequence(seq, lengths, table, BLOCK_SIZE)
             if BY_TMA:
                 pairs = load_pairs(
                     pairs, key_begin, key_end, first_key, v_smem, k_smem, full, empty, q_ready,
@@ -292,11 +287,7 @@ def produce(
                 )  # fmt: skip
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
     if SCHEDULED:
-        if is_foreign(walk[0], walk[5], walk[1], gl.num_programs(2)):
-            fill_nan(
-                out, lse, lengths[0], lengths[1], walk[1], kv_head, part, gl.num_programs(2), GROUP_SIZE,
-                2 * D_HALF,
-            )  # fmt: skip
+        answer_foreign(walk, lengths, out, lse, kv_head, GROUP_SIZE, 2 * D_HALF)
 
 
 @gluon.jit

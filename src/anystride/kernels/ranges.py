@@ -35,6 +35,15 @@ def sequence_facts(
 
 
 @triton.jit
+def positions_over_ranks(positions, cp_rank, CP_WORLD_SIZE: tl.constexpr, CP_INTERLEAVE: tl.constexpr):
+    """Where this rank's tokens stand in the sequence."""
+    if CP_WORLD_SIZE > 1:
+        turns = positions // CP_INTERLEAVE
+        positions = (turns * CP_WORLD_SIZE + cp_rank) * CP_INTERLEAVE + positions % CP_INTERLEAVE
+    return positions
+
+
+@triton.jit
 def num_units(num_tokens, group_size, rows_per_unit):
     """Units of a sequence; an empty one counts as one, so that every sequence has a place."""
     return tl.maximum((num_tokens * group_size + rows_per_unit - 1) // rows_per_unit, 1)
