@@ -38,7 +38,7 @@ bench-cpu: $(READY)
 compile-matrix: $(TRITONS:%=.triton/%/.ready) $(READY)
 	for version in $(TRITONS); do \
 		echo "Triton $$version"; \
-		PYTHONPATH=.triton/$$version $(BIN)/python -m pytest -n 2 tests/test_compile.py tests/test_hopper.py || exit 1; \
+		PYTHONPATH=.triton/$$version $(BIN)/python -m pytest -n 2 tests/test_compile.py tests/test_driver.py tests/test_hopper.py || exit 1; \
 	done
 
 # Some Linux distributions take ensurepip out of venv: then pip comes from outside.

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import triton
 import anystride
 
 PURE_READ = "pure read"
+ALONE = " without a schedule"  # behind the name of a back end
 
 
 class Row(NamedTuple):
@@ -172,8 +174,20 @@ def ceilings() -> dict[str, float]:
     return {"read": read, "copy": copy, "product": product}
 
 
-def ours(kwargs: dict[str, Any], row: Row, backend: str | None) -> peers.Call:
-    """Our call, its schedule made once and shared, as a model's layers do."""
+def host_microseconds(call: peers.Call, ahead: int = 200) -> float:
+    """What the host takes for a call: of calls in a row, fewer than the device queues."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter_ns()
+    for _ in range(ahead):
+        call()
+    return (time.perf_counter_ns() - begin) / ahead / 1000
+
+
+def ours(kwargs: dict[str, Any], row: Row, backend: str) -> peers.Call:
+    """Our call, its schedule made once and shared, as a model's layers do; or without one."""
+    if backend.endswith(ALONE):
+        backend = backend.removesuffix(ALONE)
+        return lambda: anystride.flash_attn_varlen_func(**kwargs, backend=backend)
     metadata = anystride.get_scheduler_metadata(
         row.batch, row.q_len, kwargs["max_seqlen_k"], row.q_heads, row.kv_heads, row.d_qk,
         kwargs["seqused_k"], torch.bfloat16, row.d_v, kwargs["cu_seqlens_q"], causal=kwargs["causal"],

@@ -3,12 +3,26 @@
     python benchmarks/small_batches.py --peers .peers --json results.jsonl
 
 What these calls must read is little: what counts is what a call costs besides. The pure read pays for its
-launch, too, and for what the flush of the L2 left to be written.
+launch, too, and for what the flush of the L2 left to be written. The last lines are the host's time: a call
+starts at once, and the device is behind.
 """
 
 from __future__ import annotations
 
-from decode import Bench, Row, best_peer, main, print_ratios, pure_read_of, ratios_of
+import torch
+from decode import (
+    ALONE,
+    Bench,
+    Row,
+    best_peer,
+    build,
+    host_microseconds,
+    main,
+    makers,
+    print_ratios,
+    pure_read_of,
+    ratios_of,
+)
 
 MLA, GQA = (16, 1, 576, 512), (32, 8, 128, 128)
 ROWS = [
@@ -24,11 +38,35 @@ def summary(bench: Bench) -> None:
     print_ratios(ratios_of(bench, {row.name for row in ROWS}), "")
     for row, results in bench.rows:
         us, peer, read = results[0].us, best_peer(results), pure_read_of(results)
+        alone = next((r.us for r in results if r.kernel.endswith(ALONE)), us)
         print(
-            f"{row.name}: {us / peer:.3f} of the best peer's time (target 0.6), "
+            f"{row.name}: {us / peer:.3f} of the best peer's time (target 0.6), {alone / peer:.3f}{ALONE}, "
             f"{us / read:.3f} of that of a pure read, which is {read / peer:.3f} of the peer's"
         )
 
 
+def host_times(bench: Bench, rounds: int = 15) -> None:
+    """What a call takes of the host's time: medians, and PyTorch's for one kernel as a yardstick."""
+    one = torch.zeros(64, device="cuda")
+    for row, results in bench.rows:
+        if row.batch > 1 or row.keys > 1024:
+            continue
+        timed = {result.kernel for result in results if result.us > 0}
+        kwargs = build(row)
+        found = makers(row, kwargs, ["hopper", "hopper" + ALONE, "triton"], {})
+        calls = {name: make() for name, make in found.items() if name in timed or name == "anystride triton"}
+        calls["torch add_"] = lambda: one.add_(1)
+        for call in calls.values():
+            call()
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                times[name].append(host_microseconds(call))
+        cells = [f"{name} {sorted(some)[rounds // 2]:.1f}" for name, some in times.items()]
+        print(f"host, {row.name}: {' | '.join(cells)} us")
+
+
 if __name__ == "__main__":
-    summary(main(ROWS, __doc__ or "", ("hopper",)))
+    done = main(ROWS, __doc__ or "", ("hopper", "hopper" + ALONE))
+    summary(done)
+    host_times(done)

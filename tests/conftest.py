@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anystride import plan
+from anystride import memory
 
 LARGE = 8 << 30  # bytes that must be free for a test that is marked large
 
@@ -50,12 +50,23 @@ def _free_memory() -> int:
 @pytest.fixture(autouse=True, scope="session")
 def _poisoned_allocations() -> Iterator[None]:
     """Results and scratch begin as NaN, or as numbers that no kernel would write."""
-    fresh = plan.allocate
+    fresh, kept = memory.allocate, memory.kept_scratch
 
     def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         buffer = fresh(shape, dtype, device)
         return buffer.fill_(float("nan") if dtype.is_floating_point else -0x5EAF00D)
 
+    def poisoned_again(device: torch.device, stream: int, values: int, words: int) -> memory.Scratch:
+        from anystride.kernels.schedule import ARRIVALS, WORDS_PER_PART  # needs Triton
+
+        scratch = kept(device, stream, values, words)
+        scratch.partial.fill_(float("nan"))
+        # But for the counters, which are zeros between calls.
+        rows = scratch.schedule.view(scratch.schedule.numel() // WORDS_PER_PART, WORDS_PER_PART)
+        rows[:, : ARRIVALS.value].fill_(-0x5EAF00D)
+        return scratch
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "allocate", poisoned)
+        patch.setattr(memory, "allocate", poisoned)
+        patch.setattr(memory, "kept_scratch", poisoned_again)
         yield

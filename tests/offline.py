@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -99,6 +100,8 @@ def standing_in(target: str) -> Iterator[list[tuple[str, Any]]]:
             mock.patch.object(hopper, "refusals", refuse),
             mock.patch.object(driver, "_active", _Driver(gpu)),
             mock.patch.object(JITFunction, "run", compile_only),
+            # A torch for the CPU cannot answer.
+            mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         ):
             yield launched
     finally:

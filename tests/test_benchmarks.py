@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def test_a_row_is_built_and_its_check_knows_right_from_wrong(row: decode.Row) ->
     kwargs = decode.build(row, "cpu")
     wanted = decode.plain(row, kwargs, list(range(row.batch)))
     out = decode.ours(kwargs, row, "cpu")()
+    assert torch.equal(decode.ours(kwargs, row, "cpu" + decode.ALONE)(), out)
     assert decode.error(row, out, wanted) < 1e-2
     assert decode.error(row, out.roll(1, 0), wanted) > 0.1
 

@@ -356,8 +356,8 @@ def test_the_demonstration_leaves_with_1_if_one_layer_is_wrong(
 ) -> None:
     run, layers = cpu.run, dict[int, None]()
 
-    def damaged(problem: Problem, config: Any, call: Call, scratch: list[torch.Tensor]) -> None:
-        run(problem, config, call, scratch)
+    def damaged(problem: Problem, config: Any, call: Call) -> None:
+        run(problem, config, call)
         layers.setdefault(call.k.data_ptr())
         if list(layers)[1:2] == [call.k.data_ptr()]:  # the second layer that is decoded
             damage(call)

@@ -5,19 +5,21 @@ pytest tests/test_hopper.py -m gpu -n 8
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from checks import attend
+from checks import assert_right, attend
 from twins import layouts_of, packed_twin
 
-from anystride import UnsupportedError, explain, flash_attn_varlen_func, launch, plan, warmup, work
+from anystride import UnsupportedError, explain, flash_attn_varlen_func, launch, memory, plan, warmup, work
 from anystride.problem import Problem, bucket
-from anystride.testing import CASES, Case, Layout, find_case, find_layout, make_inputs
+from anystride.testing import CASES, Case, Inputs, Layout, find_case, find_layout, make_inputs
 from anystride.testing.rows import ROW_RECIPES, TABLE_RECIPES
 
 triton = pytest.importorskip("triton")
@@ -42,6 +44,7 @@ from anystride.backends import hopper  # noqa: E402
 # Triton 3.9 says at the first compilation that a default will change in 3.10.
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
 gpu = pytest.mark.gpu
+KEPT_SCRATCH = memory.kept_scratch
 
 ROWS_OF_TWO_BYTES = ("A-off-by-one", "A-inner-step-2", "A-dim-major", "A-blocks-innermost", "A-odd-page")
 SEPARATE = ("A-same-pointer", "A-overlap", "A-gap")  # V is no part of K's row, though it looks like one
@@ -269,7 +272,7 @@ def test_a_plan_keeps_no_cache_alive_and_describes_that_of_each_call() -> None:
     ready = launch.first_start(asked, {"k": first})
     assert ready is not None
     assert all(value is not first for _place, _source, facts in ready.maps for value in facts.values())
-    launch._start([ready], 7, tuple(second if name == "k" else None for name in launch.SOURCES))
+    launch.run_again([ready], 7, tuple(second if name == "k" else None for name in launch.SOURCES))
     ((*_grid, stream, _function, _metadata, _none, _enter, _exit, descriptor, address),) = started
     assert stream == 7
     assert descriptor.base is second
@@ -429,6 +432,33 @@ def test_who_combines() -> None:
         assert hopper.config_for(replace(problem, **change), target).constants["SHARES"] == 0, change
 
 
+def test_few_sequences_need_no_schedule() -> None:
+    target = launch.Target("cuda", 90, 132, 232448)
+    for name in ("deepseek-v3-h16", "deepseek-v3-h128", "llama-3-8b"):
+        case = find_case(name)
+        problem = problem_of(case, layouts_of(case)[0])
+        for batch, sequences in ((1, 1), (3, 4), (8, 8), (9, 0)):
+            config = hopper.config_for(replace(problem, batch=batch), target)
+            assert config.constants["SEQUENCES"] == sequences
+            # Two launches need scratch of their own, and a graph may run beside whatever uses what is kept.
+            assert (config.captured is not None) == (sequences > 0)
+            if config.captured is not None:
+                assert config.captured.constants["SEQUENCES"] == 0
+                assert config.captured.captured is None
+        given = replace(problem, metadata_words=16 * (config.split.parts + 1))
+        assert hopper.config_for(given, target).constants["SEQUENCES"] == 0
+        assert hopper.config_for(given, target).captured is not None
+        for change in (
+            {"num_splits": 3},
+            {"batch_invariant": True},
+            {"max_seqlen_q": 200},
+            {"max_keys": 1 << 31},  # 32 bits do not hold its costs
+        ):
+            config = hopper.config_for(replace(problem, **change), target)
+            assert config.constants["SEQUENCES"] == 0, change
+            assert config.captured is None, change
+
+
 def main_loops(sass: str, consumers: int) -> list[str]:
     """Instructions of the innermost loops with products: those over tiles, one of each consumer."""
     found = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/(.*)", sass, re.MULTILINE)
@@ -458,9 +488,10 @@ def test_compiles_and_fits(name: str) -> None:
     binaries = compiled(name)
     names = [binary.kernel for binary in binaries]
     decode = decode_kernel(name)
-    # Parts that the schedule did not make count no arrivals: a launch of its own combines them.
+    # Parts that the schedule did not make count no arrivals: a launch of its own combines them. Few sequences
+    # need no schedule.
     others = {"combine_kernel"} if name.endswith("splits") else {"schedule_kernel"}
-    assert {*names} == {decode.kernel} | others
+    assert {*names} == {decode.kernel} | (set() if name.endswith("alone") else others)
     kernel = "mla_wide_kernel" if name in WIDE else "gqa_kernel" if name in GQA else "mla_narrow_kernel"
     assert decode.kernel == kernel
     two = name in GQA and name not in ALONE  # programs on a processor; 1 KB of each is the system's
@@ -656,6 +687,71 @@ def test_nobody_waits_for_ever_under_a_schedule_for_other_lengths(name: str) -> 
         attend(inputs, "hopper", scheduler_metadata=metadata_of(inputs, seqused_k=other))
     torch.cuda.synchronize()
     assert_same_bits(right, attend(inputs, "hopper"))
+
+
+FEW_SEQUENCES = {
+    "narrow": Case("few-narrow", "test", (1,), (1,), 16, 1, 576, 512, "row", 64),
+    "wide": Case("few-wide", "test", (1,), (1,), 128, 1, 576, 512, "row", 64),
+    "gqa": Case("few-gqa", "test", (1,), (1,), 32, 8, 128, 128, block_size=16),
+    "window": Case("few-window", "test", (1,), (1,), 64, 8, 64, 64, window=(127, 0), sinks=True),
+}
+
+
+@gpu
+@pytest.mark.parametrize("name", FEW_SEQUENCES)
+def test_parts_that_programs_find_give_the_bits_of_a_schedule(name: str) -> None:
+    source = random.Random(0)
+    for batch in (1, 2, 3, 5, 7, 8):
+        lengths = [source.choice((0, 1, 64, 700, 5000, source.randint(1, 9000))) for _ in range(batch)]
+        case = replace(FEW_SEQUENCES[name], seqused_k=tuple(lengths), q_lens=(1,) * batch)
+        inputs = make_inputs(case, layouts_of(case)[0], DEVICE, guard=False)
+        assert_same_bits(run(inputs, "hopper"), run(inputs, "hopper", scheduler_metadata=metadata_of(inputs)))
+
+
+@gpu
+@pytest.mark.parametrize("name", ["deepseek-v3-h16", "llama-3-8b"])
+def test_threads_may_share_a_stream(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without the poison: a launch is then the first thing that a new thread asks of the device.
+    monkeypatch.setattr(memory, "kept_scratch", KEPT_SCRATCH)
+    case = find_case(name)
+    work = []
+    for lengths in (case.seqused_k, case.seqused_k[::-1]):
+        inputs = make_inputs(replace(case, seqused_k=lengths), layouts_of(case)[0], DEVICE)
+        right, _lse = run(inputs, "hopper")
+        outs = [[torch.zeros_like(right) for _ in range(20)] for _ in range(4)]
+        attend(inputs, "hopper", out=outs[0][0], return_softmax_lse=False)  # compiles
+        work.append((inputs, right, outs))
+    torch.cuda.synchronize()
+
+    def calls(inputs: Inputs, outs: list[torch.Tensor]) -> None:
+        for out in outs:
+            attend(inputs, "hopper", out=out, return_softmax_lse=False)
+
+    with ThreadPoolExecutor(8) as pool:
+        started = [pool.submit(calls, inputs, some) for inputs, _right, outs in work for some in outs]
+    for future in started:
+        future.result()
+    for _inputs, right, outs in work:
+        assert all(torch.equal(out, right) for some in outs for out in some)
+
+
+@gpu
+@pytest.mark.parametrize("name", ["row", "gqa"])
+def test_a_graph_may_run_beside_calls(name: str) -> None:
+    engine = Engine(*CAPTURES[name], "none", "hopper")
+    inputs = make_inputs(engine.inputs.case, find_layout(CAPTURES[name][1]), DEVICE)
+    right = run(inputs, "hopper")
+    beside = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(30):
+        with torch.cuda.stream(beside):
+            engine.graph.replay()
+        results.append(attend(inputs, "hopper"))
+    torch.cuda.synchronize()
+    for result in results:
+        assert_same_bits(right, result)
+    assert_right(engine.inputs, *engine.result)
 
 
 @gpu

@@ -14,7 +14,7 @@ import torch
 from checks import attend
 from torch import Tensor
 
-from anystride import InvalidInputError, UnsupportedError, get_scheduler_metadata, plan, warmup
+from anystride import InvalidInputError, UnsupportedError, get_scheduler_metadata, memory, plan, warmup
 from anystride.backends import reference
 from anystride.plan import Plan, find_plan
 from anystride.problem import Call, Numbers, Problem, bucket, make_problem
@@ -181,7 +181,7 @@ class Stub:
     def choose_config(self, problem: Problem) -> Any:
         return reference.Config()
 
-    def run(self, problem: Problem, config: Any, call: Call, scratch: list[Tensor]) -> None:
+    def run(self, problem: Problem, config: Any, call: Call) -> None:
         self.ran += 1
         call.out.zero_()
 
@@ -302,13 +302,13 @@ def test_a_back_end_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyP
 
 def test_all_results_and_scratch_are_allocated_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    fresh = plan.allocate
+    fresh = memory.allocate
 
     def counted(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         sizes.append((tuple(shape), dtype))
         return fresh(shape, dtype, device)
 
-    monkeypatch.setattr(plan, "allocate", counted)
+    monkeypatch.setattr(memory, "allocate", counted)
     inputs = inputs_of()
     out, lse = attend(inputs, "cpu")
     assert lse is not None
@@ -317,13 +317,6 @@ def test_all_results_and_scratch_are_allocated_in_one_place(monkeypatch: pytest.
     sizes.clear()
     attend(inputs_of(out="packed"), "cpu", return_softmax_lse=False)
     assert (tuple(out.shape), out.dtype) not in sizes
-
-
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (2, 0, 4), (0,)])
-def test_fresh_buffers_are_packed(shape: tuple[int, ...]) -> None:
-    buffer = plan.allocate(shape, torch.float16, torch.device("cpu"))
-    assert (buffer.shape, buffer.dtype) == (shape, torch.float16)
-    assert buffer.is_contiguous()
 
 
 # Schedules and warming up, where nothing is scheduled and nothing compiled

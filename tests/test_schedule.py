@@ -19,15 +19,33 @@ from hypothesis import strategies as st
 from interpreted import INTERPRETED, assert_passes_interpreted, only_compiled, only_interpreted
 
 from anystride import flash_attn_varlen_func, get_scheduler_metadata
+from anystride.problem import bucket
 from anystride.testing import find_case, find_layout, make_inputs
 
 if INTERPRETED:
+    import triton
+    import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
 
-    from anystride import launch, work
+    from anystride import launch
     from anystride.backends import triton as backend
+    from anystride.kernels.schedule import OVERHEAD_STEPS, own_part
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def own_parts_kernel(  # type: ignore[no-untyped-def]
+        cu_seqlens_q_ptr, seqused_k_ptr, metadata_ptr, found_ptr, batch, rows_per_unit, left, right,
+        GROUP_SIZE: tl.constexpr, WINDOWED: tl.constexpr, SEQUENCES: tl.constexpr,
+    ):  # fmt: skip
+        part = tl.program_id(2)
+        walk = (metadata_ptr, batch, 1, 0, 0, rows_per_unit, left, right, None)
+        lengths = (cu_seqlens_q_ptr, 1, None, 0, seqused_k_ptr, 1, None, 0)
+        found = own_part(part, tl.num_programs(2), walk, lengths, GROUP_SIZE, WINDOWED, SEQUENCES)
+        for i in tl.static_range(9):
+            tl.store(found_ptr + part * 9 + i, found[i])
+
 
 KEYS_PER_STEP = 64
+MOST_SEQUENCES = 8
 
 
 @only_compiled
@@ -94,7 +112,7 @@ class Schedule:
 
     def cells(self) -> list[tuple[int, int, int | None]]:
         """The axis of cost, cell by cell: (seq, unit, step), with None for a cell of overhead."""
-        overhead = [None] * work.OVERHEAD_STEPS
+        overhead = [None] * OVERHEAD_STEPS.value
         return [(u.seq, u.unit, step) for u in self.units for step in (*range(u.steps), *overhead)]
 
     def walk(self, part: list[int]) -> list[tuple[int, int, int]]:
@@ -106,6 +124,25 @@ class Schedule:
             for step in range(u.steps)
             if begin <= (u.seq, u.unit, step) < end
         ]
+
+
+def assert_parts_find_themselves(schedule: Schedule) -> None:
+    """What programs find by themselves is what the schedule says."""
+    step, num_parts, batch = schedule.step, len(schedule.parts), len(schedule.step.lengths)
+    starts = torch.tensor([0, *itertools.accumulate(step.q_lens)], dtype=torch.int32)
+    lengths = torch.tensor(step.lengths, dtype=torch.int32)
+    rows, found = (
+        torch.zeros(num_parts + 1, 16, dtype=torch.int32),
+        torch.zeros(num_parts, 9, dtype=torch.int32),
+    )
+    right = 0 if step.causal else step.window[1]
+    own_parts_kernel[(1, 1, num_parts)](
+        starts, lengths, rows, found, batch, schedule.rows_per_unit, step.window[0], right,
+        step.group_size, step.window[0] >= 0 and right >= 0, bucket(batch),
+    )  # fmt: skip
+    assert rows[1:].tolist() == schedule.parts
+    assert rows[0].count_nonzero() == 0
+    assert found.tolist() == [[*part[:6], *part[8:11]] for part in schedule.parts]
 
 
 def check(step: Step) -> Schedule:
@@ -150,6 +187,8 @@ def check(step: Step) -> Schedule:
         assert part[13] == 0  # nobody has arrived
         seq = min(part[3], last)
         assert part[14:16] == [sum(step.q_lens[:seq]), step.q_lens[seq]]
+    if len(step.lengths) <= MOST_SEQUENCES and len(schedule.units) == len(step.lengths):
+        assert_parts_find_themselves(schedule)
     for parts in holders.values():
         assert parts == list(range(parts[0], parts[-1] + 1))  # the combine kernel counts on neighbours
         if len(parts) > 1:

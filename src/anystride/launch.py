@@ -16,6 +16,8 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from anystride import driver
+from anystride.memory import Scratch
 from anystride.problem import Call
 
 STREAM = 3  # its position among a launcher's arguments
@@ -57,7 +59,7 @@ class TensorMap(NamedTuple):
     layout: Any  # of a box in shared memory
 
 
-SOURCES = (*Call._fields, "partial", "schedule")  # what a launch points to: the call's tensors, the scratch
+SOURCES = (*Call._fields, *Scratch._fields)  # what a launch points to: the call's tensors, the scratch
 
 
 class Launch(NamedTuple):
@@ -74,9 +76,10 @@ class Ready(NamedTuple):
     """A launch whose kernel is compiled: what is left to do is to fill in addresses."""
 
     run: Any  # Triton's launcher
-    arguments: list[Any]
+    arguments: list[Any]  # of the launcher
     places: tuple[tuple[int, int], ...]  # of addresses: (place among the arguments, index into SOURCES)
     maps: tuple[tuple[int, int, dict[str, Any]], ...]  # of tensor maps: the same, and what they say
+    function: driver.Function | None  # the way past Triton's launcher, where there is one
 
 
 def pointer(call: Call, name: str) -> Pointer | None:
@@ -89,7 +92,7 @@ def strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()
 
 
-def sources(call: Call, scratch: list[Tensor]) -> dict[str, Any]:
+def sources(call: Call, scratch: tuple[Tensor, ...]) -> dict[str, Any]:
     """What launches point to, by name."""
     return call._asdict() | dict(zip(SOURCES[len(call) :], scratch, strict=False))
 
@@ -108,14 +111,16 @@ def first_start(launch: Launch, tensors: Mapping[str, Any]) -> Ready | None:
     # The calling convention of compiled kernels, the same from Triton 3.6 to 3.9: grid, stream, function,
     # packed metadata, launch metadata, two hooks, then the arguments.
     before = [*launch.grid, None, made.function, made.packed_metadata, None, None, None]
-    arguments = [*before, *launch.arguments, *launch.constants.values()]
+    own = [*launch.arguments, *launch.constants.values()]
+    arguments = [*before, *own]
     places = tuple((i, SOURCES.index(x)) for i, x in enumerate(arguments) if isinstance(x, Pointer))
     maps = tuple(
         (len(before) + i, SOURCES.index(x.name), _facts(given[i]))
         for i, x in enumerate(launch.arguments)
         if isinstance(x, TensorMap)
     )
-    return Ready(made.run, arguments, places, maps)
+    function = driver.prepare(made, launch.grid, own, lambda x: isinstance(x, Pointer))
+    return Ready(made.run, arguments, places, maps, function)
 
 
 def _given(argument: Any, tensors: Mapping[str, Any]) -> Any:
@@ -130,44 +135,56 @@ def _facts(descriptor: TensorDescriptor) -> dict[str, Any]:
     return {name: value for name, value in vars(descriptor).items() if name != "base"}
 
 
-def first_run(launches: list[Launch], tensors: Mapping[str, Any], device: torch.device) -> list[Ready]:
-    """Start the launches of a plan for the first time, in order."""
-    with current(device):
-        started = [first_start(launch, tensors) for launch in launches]
+def first_run(launches: list[Launch], tensors: Mapping[str, Any]) -> list[Ready]:
+    """Start the launches of a plan for the first time, in order, on the current device."""
+    started = [first_start(launch, tensors) for launch in launches]
     return [x for x in started if x is not None]
 
 
-def run_again(ready: list[Ready], sources: tuple[Any, ...], device: torch.device) -> None:
-    """Start the compiled launches of a plan on the current stream of the device.
+def run_again(ready: list[Ready], stream: int, sources: tuple[Any, ...]) -> None:
+    """Start the compiled launches of a plan on a stream of the current device.
 
     Args:
         ready: From :func:`first_run`.
+        stream: Its handle.
         sources: Tensors in the order of ``SOURCES``.
-        device: Where they are.
     """
-    driver = triton.runtime.driver.active
-    if driver.get_current_device() == device.index:
-        _start(ready, driver.get_current_stream(device.index), sources)
-    else:
-        with current(device):
-            _start(ready, driver.get_current_stream(device.index), sources)
+    # All addresses first: the launches should reach the device one right behind the other.
+    addresses = [[sources[source].data_ptr() for _place, source in launch.places] for launch in ready]
+    for launch, own in zip(ready, addresses, strict=True):
+        # Where the driver refuses, Triton's launcher says why, or makes the context that a new thread lacks.
+        if launch.function is None or launch.function.start(stream, own):
+            _start(launch, stream, sources)
 
 
-def _start(ready: list[Ready], stream: int, sources: tuple[Any, ...]) -> None:
-    # All arguments first: the launches should reach the device one right behind the other.
-    calls = []
-    for launch, template, places, maps in ready:
-        arguments = template.copy()
-        arguments[STREAM] = stream
-        for place, source in places:
-            arguments[place] = sources[source].data_ptr()
-        for place, source, facts in maps:
-            described = object.__new__(TensorDescriptor)  # without its checks: the first call has passed them
-            described.__dict__ = facts | {"base": sources[source]}
-            arguments[place] = described
-        calls.append((launch, arguments))
-    for launch, arguments in calls:
-        launch(*arguments)
+def _start(launch: Ready, stream: int, sources: tuple[Any, ...]) -> None:
+    """Start a launch by Triton's launcher."""
+    arguments = launch.arguments.copy()
+    arguments[STREAM] = stream
+    for place, source in launch.places:
+        arguments[place] = sources[source].data_ptr()
+    for place, source, facts in launch.maps:
+        described = object.__new__(TensorDescriptor)  # without its checks: the first call has passed them
+        described.__dict__ = facts | {"base": sources[source]}
+        arguments[place] = described
+    launch.run(*arguments)
+
+
+@lru_cache(maxsize=64)
+def _alone(device: torch.device) -> bool:
+    """Whether there is no other device that could be the current one."""
+    return device.type == "cpu" or torch.get_device_module(device).device_count() == 1
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether launches go to this device."""
+    return _alone(device) or triton.runtime.driver.active.get_current_device() == device.index
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the device's current stream."""
+    stream: int = triton.runtime.driver.active.get_current_stream(device.index)
+    return stream
 
 
 def current(device: torch.device) -> AbstractContextManager[None]:

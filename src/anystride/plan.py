@@ -11,30 +11,19 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from math import prod
 from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from anystride import memory
 from anystride.errors import Fault, InvalidInputError, UnsupportedError
 from anystride.problem import OPERATION, Call, Numbers, Problem, make_problem
 
-__all__ = ["Plan", "allocate", "execute", "find_plan", "make_plan"]
+__all__ = ["Plan", "execute", "find_plan", "make_plan"]
 
 log = logging.getLogger("anystride")
-
-Scratch = tuple[tuple[tuple[int, ...], torch.dtype], ...]
-
-
-class Config(Protocol):
-    """How a back end will run a problem; a frozen dataclass of its own."""
-
-    @property
-    def scratch(self) -> Scratch:
-        """Shapes and dtypes of the buffers that a run needs besides its results."""
-        ...
 
 
 class Backend(Protocol):
@@ -50,7 +39,7 @@ class Backend(Protocol):
         """How it will run it: a pure function of the problem (and of the device's properties)."""
         ...
 
-    def run(self, problem: Problem, config: Any, call: Call, scratch: list[Tensor]) -> None:
+    def run(self, problem: Problem, config: Any, call: Call) -> None:
         """Write ``call.out``, and ``call.lse`` if there is one."""
         ...
 
@@ -181,12 +170,12 @@ def _key(tensors: tuple[Any, ...], numbers: tuple[Any, ...], wanted: str | None)
         ]
     return (
         numbers, wanted, distance if -reach <= distance <= reach else None,
-        q.shape, q.stride(), q.dtype, q.device, q.data_ptr() & 15,
+        q.shape, q.stride(), q.dtype, q.is_cuda, where(q), q.data_ptr() & 15,
         k.shape, k_strides, k.dtype, where(k), k_at & 15,
         v.shape, v_strides, v.dtype, where(v), v_at & 15,
-        q_v if q_v is None else (q_v.shape, q_v.stride(), q_v.dtype, q_v.device, q_v.data_ptr() & 15),
-        out if out is None else (out.shape, out.stride(), out.dtype, out.device, out.data_ptr() & 15),
-        lse if lse is None else (lse.shape, lse.stride(), lse.dtype, lse.device),
+        q_v if q_v is None else (q_v.shape, q_v.stride(), q_v.dtype, where(q_v), q_v.data_ptr() & 15),
+        out if out is None else (out.shape, out.stride(), out.dtype, where(out), out.data_ptr() & 15),
+        lse if lse is None else (lse.shape, lse.stride(), lse.dtype, where(lse)),
         *facts,
     )
     # fmt: on
@@ -218,32 +207,19 @@ def find_plan(tensors: tuple[Any, ...], numbers: tuple[Any, ...], wanted: str | 
     return plan
 
 
-@cache
-def packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a tensor of this shape without gaps."""
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The one place that allocates results and scratch: uninitialised memory, packed."""
-    # Two thirds of what torch.empty takes on the host.
-    return torch.empty_strided(shape, packed_strides(shape), dtype=dtype, device=device)
-
-
 def execute(plan: Plan, tensors: tuple[Any, ...]) -> Call:
     """Allocate what the call lacks, run it, and return it with its results filled in."""
     problem = plan.problem
     device = problem.device
     out, lse = tensors[15:]
     if out is None:
-        out = allocate((problem.total_q, problem.num_q_heads, problem.d_v), problem.dtype, device)
+        out = memory.allocate((problem.total_q, problem.num_q_heads, problem.d_v), problem.dtype, device)
     if lse is None and problem.has_lse:
-        lse = allocate((problem.num_q_heads, problem.total_q), torch.float32, device)
-    call = Call._make((*tensors[:15], out, lse))
+        lse = memory.allocate((problem.num_q_heads, problem.total_q), torch.float32, device)
+    call = tuple.__new__(Call, (*tensors[:15], out, lse))  # as _make does, but for its check of the length
     if problem.total_q == 0 or problem.batch == 0:
         return call
-    scratch = [allocate(shape, dtype, device) for shape, dtype in plan.config.scratch]
-    plan.backend.run(problem, plan.config, call, scratch)
+    plan.backend.run(problem, plan.config, call)
     return call
 
 
@@ -261,6 +237,6 @@ def make_metadata(problem: Problem, cu_seqlens_q: Tensor | None, seqused_k: Tens
         cu_seqlens_q = steps * problem.max_seqlen_q
     programs = backend_named(name).programs(problem, target)
     words = work.metadata_words(problem, work.cut_rows(problem, target), programs)
-    metadata = allocate((words,), torch.int32, device)
+    metadata = memory.allocate((words,), torch.int32, device)
     work.make_metadata(problem, target, cu_seqlens_q, seqused_k, metadata)
     return metadata

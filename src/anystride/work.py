@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from anystride import memory
 from anystride.kernels.combine import combine_kernel
 from anystride.kernels.ranges import KEYS_PER_STEP
-from anystride.kernels.schedule import WORDS_PER_PART, schedule_kernel
-from anystride.launch import Launch, Pointer, Target, first_run, pointer, sources, strides
+from anystride.kernels.schedule import OVERHEAD_STEPS, WORDS_PER_PART, schedule_kernel
+from anystride.launch import Launch, Pointer, Target, current, first_run, pointer, sources, strides
 from anystride.problem import Call, Problem, bucket
 
 STEP = KEYS_PER_STEP.value
 FIXED_SPLIT_STEPS = 32  # batch_invariant: 2048 keys a split, enough splits for one long sequence
-OVERHEAD_STEPS = 2  # what starting and finishing a unit costs, in steps of 64 keys
 COMBINE_VALUES = 8192  # partial results that a program of the combine kernel holds at most: 32 registers
 COMBINE_WARPS = 32  # of the combine kernel, a processor: one look-up of a unit serves many tiles
 WIDE_ROWS = 64  # rows of a tile of a long query
@@ -104,7 +104,8 @@ class Split:
         combine_constants: Compile-time arguments of the combine kernel.
         combine_tiles: Its tiles of a unit.
         combine_grid: Its programs.
-        scratch: The partial results, then the schedule if the call brings none.
+        partial_values: Elements of the partial results.
+        schedule_words: Elements of the schedule; 0 if the call brings one, or needs none.
     """
 
     rows: Rows
@@ -116,7 +117,8 @@ class Split:
     combine_constants: dict[str, Any]
     combine_tiles: int
     combine_grid: tuple[int, int, int]
-    scratch: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    partial_values: int
+    schedule_words: int
 
     @property
     def cuts(self) -> bool:
@@ -149,9 +151,7 @@ def split_work(problem: Problem, target: Target, programs: int) -> Split:
         splits = -(-steps // fixed) if fixed else min(problem.num_splits, steps)
         parts = slots = problem.batch * rows.units * splits
     lines = slots * problem.num_kv_heads * rows.unit
-    scratch: list[tuple[tuple[int, ...], torch.dtype]] = [((lines * (problem.d_v + 1),), torch.float32)]
-    if scheduled and not problem.metadata_words:
-        scratch.append((((parts + 1) * WORDS_PER_PART,), torch.int32))
+    words = (parts + 1) * WORDS_PER_PART if scheduled and not problem.metadata_words else 0
 
     lines_of_unit = min(rows.unit, problem.group_size * problem.max_seqlen_q)
     if scheduled:
@@ -186,7 +186,16 @@ def split_work(problem: Problem, target: Target, programs: int) -> Split:
     programs_at_once = target.processors * COMBINE_WARPS // combine_warps(tile)
     wanted = -(-programs_at_once // (busy * problem.num_kv_heads))
     grid = (min(tiles, wanted), problem.num_kv_heads, places)
-    return Split(rows, parts, scheduled, splits, fixed, lines, constants, tiles, grid, tuple(scratch))
+    values = lines * (problem.d_v + 1)
+    return Split(rows, parts, scheduled, splits, fixed, lines, constants, tiles, grid, values, words)
+
+
+def new_scratch(split: Split, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Scratch for one call: the partial results, then the schedule if the call needs one of its own."""
+    partial = memory.allocate((split.partial_values,), torch.float32, device)
+    if not split.schedule_words:
+        return (partial,)
+    return partial, memory.allocate((split.schedule_words,), torch.int32, device)
 
 
 def combine_tile(
@@ -255,7 +264,8 @@ def make_metadata(
     call = Call(**dict.fromkeys(Call._fields) | {"cu_seqlens_q": cu_seqlens_q, "seqused_k": seqused_k})  # type: ignore[arg-type]
     parts = metadata.shape[0] // WORDS_PER_PART - 1
     launch = schedule_launch(problem, cut_rows(problem, target), call, parts)
-    first_run([launch], sources(call, []) | {"schedule": metadata}, problem.device)
+    with current(problem.device):
+        first_run([launch], sources(call, ()) | {"schedule": metadata})
 
 
 def lengths(call: Call) -> tuple[Any, ...]:
@@ -303,7 +313,7 @@ def schedule_launch(problem: Problem, rows: Rows, call: Call, parts: int) -> Lau
     """The schedule kernel, which fills ``schedule``, int32 ``[16 * (parts + 1)]``, from the lengths."""
     arguments = (
         *lengths(call), Pointer("schedule"), problem.batch, parts, problem.group_size, rows.unit,
-        problem.window_left, problem.window_right, OVERHEAD_STEPS,
+        problem.window_left, problem.window_right, OVERHEAD_STEPS.value,
     )  # fmt: skip
     constants = {"WINDOWED": is_windowed(problem), "TILE_SEQ": schedule_tile(problem)}
     return Launch(schedule_kernel, (parts, 1, 1), arguments, constants, {"num_warps": 4})
@@ -314,7 +324,7 @@ def combine_launch(problem: Problem, split: Split, call: Call) -> Launch:
     arguments = (
         Pointer("partial"), split.partial_lines, schedule(split, call), *lengths(call), *sinks(call),
         *results(problem, call), problem.batch, problem.window_left, problem.window_right, *shares(split),
-        problem.num_kv_heads, OVERHEAD_STEPS, split.combine_tiles, split.parts,
+        problem.num_kv_heads, OVERHEAD_STEPS.value, split.combine_tiles, split.parts,
     )  # fmt: skip
     tile = tuple(split.combine_constants[name] for name in ("TILE_SPLITS", "TILE_M", "TILE_D"))
     options: dict[str, Any] = {"num_warps": combine_warps(tile)}
@@ -324,15 +334,20 @@ def combine_launch(problem: Problem, split: Split, call: Call) -> Launch:
 
 
 def around(
-    problem: Problem, split: Split, call: Call, decode: Launch, combines: bool = False
+    problem: Problem,
+    split: Split,
+    call: Call,
+    decode: Launch,
+    combines: bool = False,
+    schedules: bool = False,
 ) -> list[Launch]:
     """What one call launches, in order, around its decode kernel.
 
     Looks at the strides of the call's tensors, never at an address. ``combines``: the decode kernel puts cut
-    units together itself.
+    units together itself; ``schedules``: it finds its parts itself.
     """
     launches = [decode]
-    if split.scheduled and call.scheduler_metadata is None:
+    if split.scheduled and call.scheduler_metadata is None and not schedules:
         launches.insert(0, schedule_launch(problem, split.rows, call, split.parts))
     if split.cuts and not combines:
         launches.append(combine_launch(problem, split, call))

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anystride import memory
 from anystride.packing import Packing, Spans, choose_packing, load, rows_taken
 from anystride.problem import Call, Problem
 
@@ -113,8 +114,9 @@ def _strides_by_head(strides: tuple[int, int, int], group: int) -> Strides:
     return group * head, head, token, element
 
 
-def run(problem: Problem, config: Config, call: Call, scratch: list[Tensor]) -> None:
+def run(problem: Problem, config: Config, call: Call) -> None:
     """Write ``call.out`` and ``call.lse``."""
+    scratch = [memory.allocate(shape, dtype, problem.device) for shape, dtype in config.scratch]
     with InferenceMode(True):
         tiles = _tiles(problem, config, call)
         if tiles and (not tiles[0].sees or not tiles[-1].sees):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from anystride import memory
 from anystride.kernels import combine_sm90, loaders_sm90
 from anystride.kernels.gqa_sm90 import gqa_kernel
 from anystride.kernels.mla_narrow_sm90 import mla_narrow_kernel
@@ -23,8 +24,11 @@ from anystride.launch import (
     Ready,
     Target,
     TensorMap,
+    current,
+    current_stream,
     device_target,
     first_run,
+    is_current,
     pointer,
     run_again,
     sources,
@@ -38,6 +42,7 @@ from anystride.work import (
     context_lengths,
     full_parts,
     lengths,
+    new_scratch,
     out_constants,
     results,
     rows_in_tiles,
@@ -64,6 +69,7 @@ HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 SHARED_BYTES = 228 << 10  # of a processor, for its programs, each of which takes some for itself
 OWN_BYTES = 3 << 10  # of those: the system's, barriers, what reductions and conversions pass through
 RING_BYTES = 128 << 10  # tiles that the programs of a processor have on their way: more was never faster
+MOST_SEQUENCES = 8  # of which programs find their parts themselves, where no schedule came with the call
 REGISTERS, THREADS = 65536, 256  # of a processor; of a program: a producer, and one warpgroup that computes
 
 
@@ -86,18 +92,15 @@ class Config:
         tiles: Launch shape of the decode kernel.
         split: How the work is cut.
         constants: Compile-time arguments of the decode kernel.
+        captured: How instead while a CUDA graph is captured, if there is one launch, whose scratch is kept.
         ready: The launches of the plan, once its first call has compiled them.
     """
 
     tiles: Tiles
     split: Split
     constants: dict[str, Any]
+    captured: Config | None = None
     ready: list[Ready] = field(default_factory=list, compare=False)
-
-    @property
-    def scratch(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        """Shapes and dtypes of the buffers that a run needs."""
-        return self.split.scratch
 
 
 def is_mla(problem: Problem) -> bool:
@@ -286,8 +289,8 @@ def programs(problem: Problem, target: Target) -> int:
     return target.processors * choose_tiles(problem).programs
 
 
-def config_for(problem: Problem, target: Target) -> Config:
-    """The configuration for any target of this architecture: a pure function."""
+def config_for(problem: Problem, target: Target, captured: bool = False) -> Config:
+    """The configuration for any target of this architecture, for a graph if so: a pure function."""
     p = problem
     tiles = choose_tiles(p)
     split = split_work(p, target, programs(p, target))
@@ -319,8 +322,17 @@ def config_for(problem: Problem, target: Target) -> Config:
         constants |= {"D_QK": p.d_qk, "K_SIZE": bucket(p.d_qk), "V_SIZE": bucket(p.d_v)}
         constants |= {"TILE_M": tiles.m, "STAGES": tiles.stages}
     constants["SHARES"], constants["LINES"], constants["DIMS"] = combine_shape(p, split, target)
+    combines = constants["SHARES"] > 0
+    # 32 bits must hold the total cost times the parts.
+    short = p.batch * (p.max_keys // STEP + 3) * split.parts < 1 << 31
+    few = p.batch <= MOST_SEQUENCES and split.rows.units == 1 and short
+    own = combines and split.schedule_words > 0 and few and not captured
+    constants["SEQUENCES"] = bucket(p.batch) if own else 0
     constants["CONSUMER_REGISTERS"] = tiles.consumer_registers
-    return Config(tiles, split, constants)
+    one_launch = combines and (own or not split.schedule_words)
+    return Config(
+        tiles, split, constants, config_for(p, target, True) if one_launch and not captured else None
+    )
 
 
 def combine_shape(problem: Problem, split: Split, target: Target) -> tuple[int, int, int]:
@@ -374,13 +386,25 @@ def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
     if config.tiles.programs > 1:
         options["maxnreg"] = REGISTERS // (config.tiles.programs * THREADS)
     decode = Launch(kernel, grid, arguments, config.constants, options)
-    return around(problem, split, call, decode, combines)
+    return around(problem, split, call, decode, combines, config.constants["SEQUENCES"] > 0)
 
 
-def run(problem: Problem, config: Config, call: Call, scratch: list[Tensor]) -> None:
+def run(problem: Problem, config: Config, call: Call) -> None:
     """Launch the kernels of one call on its device's current stream."""
+    device = problem.device
+    if not is_current(device):
+        with current(device):
+            return run(problem, config, call)
+    stream = current_stream(device)
+    scratch: tuple[Tensor, ...]
+    if config.captured is not None and not torch.cuda.is_current_stream_capturing():
+        split = config.split
+        scratch = memory.kept_scratch(device, stream, split.partial_values, split.schedule_words)
+    else:
+        config = config.captured or config
+        scratch = new_scratch(config.split, device)
     if config.ready:
-        run_again(config.ready, (*call, *scratch), problem.device)
-        return
+        return run_again(config.ready, stream, (*call, *scratch))
     # Two threads may come here at once.
-    config.ready[:] = first_run(launches(problem, config, call), sources(call, scratch), problem.device)
+    config.ready[:] = first_run(launches(problem, config, call), sources(call, scratch))
+    return None

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from anystride.problem import Call, Problem
 from anystride.reference import attention
@@ -17,8 +16,6 @@ NAME = "reference"
 @dataclass(frozen=True)
 class Config:
     """Nothing to choose."""
-
-    scratch: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
 
 
 def refusals(problem: Problem) -> list[str]:
@@ -34,7 +31,7 @@ def choose_config(problem: Problem) -> Config:
 
 
 @torch.no_grad()
-def run(problem: Problem, config: Config, call: Call, scratch: list[Tensor]) -> None:
+def run(problem: Problem, config: Config, call: Call) -> None:
     """Write the float64 results, rounded once to the dtypes of ``out`` and ``lse``."""
     out, lse = attention(problem, call)
     starts = call.cu_seqlens_q.tolist()

@@ -20,8 +20,11 @@ from anystride.launch import (
     Pointer,
     Ready,
     Target,
+    current,
+    current_stream,
     device_target,
     first_run,
+    is_current,
     pointer,
     run_again,
     sources,
@@ -36,6 +39,7 @@ from anystride.work import (
     cut_rows,
     given_parts,
     lengths,
+    new_scratch,
     out_constants,
     overlaps,
     results,
@@ -129,11 +133,6 @@ class Config:
     split: Split
     constants: dict[str, Any]
     ready: list[Ready] = field(default_factory=list, compare=False)
-
-    @property
-    def scratch(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        """Shapes and dtypes of the buffers that a run needs."""
-        return self.split.scratch
 
 
 def refusals(problem: Problem) -> list[str]:
@@ -261,14 +260,19 @@ def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
     return around(problem, split, call, decode)
 
 
-def run(problem: Problem, config: Config, call: Call, scratch: list[Tensor]) -> None:
+def run(problem: Problem, config: Config, call: Call) -> None:
     """Launch the kernels of one call on its device's current stream."""
+    device = problem.device
+    if not is_current(device):
+        with current(device):
+            return run(problem, config, call)
+    scratch = new_scratch(config.split, device)
     if config.ready:
-        run_again(config.ready, (*call, *scratch), problem.device)
-        return
+        return run_again(config.ready, current_stream(device), (*call, *scratch))
     tensors = sources(call, scratch)
     for name, form in (("k", "K_FORMAT"), ("v", "V_FORMAT")):
         if config.constants[form] != "none" and not config.constants["FP8_NATIVE"]:
             tensors[name] = tensors[name].view(torch.uint8)  # the target cannot load fp8
     # Two threads may come here at once.
-    config.ready[:] = first_run(launches(problem, config, call), tensors, problem.device)
+    config.ready[:] = first_run(launches(problem, config, call), tensors)
+    return None

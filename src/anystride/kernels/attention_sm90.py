@@ -9,9 +9,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from anystride.kernels.ranges import positions_over_ranks
-from anystride.kernels.schedule import is_foreign
+from anystride.kernels.schedule import is_foreign, own_part
 from anystride.kernels.softmax import LOG2_E, tanh
 
+# Triton 3.7 gave it a new name.
+warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 # Arguments that may change from call to call without a new compilation.
@@ -93,15 +95,25 @@ def is_visible(
 
 
 @gluon.jit
+def with_own_part(walk, lengths, GROUP_SIZE: gl.constexpr, WINDOWED: gl.constexpr, SEQUENCES: gl.constexpr):
+    """``walk`` with the part that this program finds itself: no kernel need run before this one."""
+    own = own_part(gl.program_id(2), gl.num_programs(2), walk, lengths, GROUP_SIZE, WINDOWED, SEQUENCES)
+    warpgroup_barrier()  # its row is written, for all warps
+    return walk[0], walk[1], walk[2], walk[3], walk[4], walk[5], walk[6], walk[7], own
+
+
+@gluon.jit
 def answer_foreign(
     walk, lengths, out, lse, kv_head, GROUP_SIZE: gl.constexpr, D_V: gl.constexpr,
 ):  # fmt: skip
     """The answer to a schedule that was made for another call: NaN in every row, by all parts together."""
     num_parts = gl.num_programs(2)
-    if is_foreign(walk[0], walk[5], walk[1], num_parts):
-        fill_nan(
-            out, lse, lengths[0], lengths[1], walk[1], kv_head, gl.program_id(2), num_parts, GROUP_SIZE, D_V
-        )
+    if walk[8] is None:
+        if is_foreign(walk[0], walk[5], walk[1], num_parts):
+            fill_nan(
+                out, lse, lengths[0], lengths[1], walk[1], kv_head, gl.program_id(2), num_parts, GROUP_SIZE,
+                D_V,
+            )  # fmt: skip
 
 
 @gluon.jit

@@ -75,10 +75,11 @@ def combine_kernel(
     else:
         seq = index // units_per_seq
         unit = index % units_per_seq
-        q_start, num_tokens, length, _total = sequence_facts(
-            seq, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr,
-            stride_seqused, None, 0,
+        lengths = (
+            cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr, stride_seqused,
+            None, 0,
         )  # fmt: skip
+        q_start, num_tokens, length, _total = sequence_facts(seq, *lengths)
         steps = nominal_steps(
             num_tokens, length, GROUP_SIZE, rows_per_unit, window_left, window_right, WINDOWED
         )
@@ -88,9 +89,8 @@ def combine_kernel(
             for first in range(0, batch, TILE_SEQ):
                 seqs = first + tl.arange(0, TILE_SEQ)
                 cost = costs(
-                    seqs, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
-                    seqused_k_ptr, stride_seqused, GROUP_SIZE, rows_per_unit, window_left,
-                    window_right, overhead, WINDOWED,
+                    seqs, batch, lengths, GROUP_SIZE, rows_per_unit, window_left, window_right, overhead,
+                    WINDOWED,
                 )  # fmt: skip
                 before += tl.sum(tl.where(seqs < seq, cost, 0), 0)
                 total += tl.sum(cost, 0)

@@ -10,11 +10,9 @@ Source: Flash-Decoding; the formula is that of ``anystride.merge``, in base 2.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from anystride.kernels.attention_sm90 import warpgroup_barrier
 from anystride.kernels.schedule import ARRIVALS, ROW
 from anystride.kernels.softmax import LN_2, LOG2_E, add_sink, normaliser
-
-# Triton 3.7 gave it a new name.
-warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 THREADS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one element each
 VALUES_AT_ONCE = gl.constexpr(8192)  # partial results that a warpgroup holds: 64 registers a thread

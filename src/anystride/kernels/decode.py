@@ -203,7 +203,7 @@ def decode_kernel(
     SHARDED: tl.constexpr = CP_WORLD_SIZE > 1
     walk = (
         metadata_ptr, batch, units_per_seq, splits_per_unit, steps_per_split, rows_per_unit,
-        window_left, window_right,
+        window_left, window_right, None,
     )  # fmt: skip
     lengths = (
         cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr, stride_seqused,

@@ -28,6 +28,7 @@ from anystride.kernels.attention_sm90 import (
     is_visible,
     load_queries,
     seen_by_all,
+    with_own_part,
 )
 from anystride.kernels.combine_sm90 import combine_cut_units
 from anystride.kernels.loaders_sm90 import (
@@ -304,6 +305,7 @@ def gqa_kernel(
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    SEQUENCES: gl.constexpr,  # at most, of which each program finds its part itself; 0: the schedule has it
     SHARES: gl.constexpr, LINES: gl.constexpr, DIMS: gl.constexpr,  # combined at once; 0: not here
     TILE_M: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,  # the producer's are what is left
@@ -341,7 +343,7 @@ def gqa_kernel(
     table = (block_table_ptr, stride_table_seq, stride_table_block)
     walk = (
         metadata_ptr, batch, units_per_seq, splits_per_unit, steps_per_split, rows_per_unit,
-        window_left, window_right,
+        window_left, window_right, None,
     )  # fmt: skip
     lengths = (
         cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr, stride_seqused,
@@ -353,6 +355,8 @@ def gqa_kernel(
     out = (out_ptr, stride_out_token, stride_out_head, stride_out_dim)
     lse = (lse_ptr, stride_lse_head)
     partial = (partial_ptr, partial_lines)
+    if SEQUENCES > 0:
+        walk = with_own_part(walk, lengths, GROUP_SIZE, HAS_LEFT and HAS_RIGHT and not SHARDED, SEQUENCES)
     gl.warp_specialize([
         (produce, (
             k_smem, v_smem, k_full, v_full, empty, walk, lengths, k_base, k, v_base, v, table, kv_head,

@@ -37,6 +37,7 @@ from anystride.kernels.attention_sm90 import (
     is_visible,
     load_queries,
     seen_by_all,
+    with_own_part,
 )
 from anystride.kernels.combine_sm90 import combine_cut_units
 from anystride.kernels.loaders_sm90 import (
@@ -730,6 +731,7 @@ def mla_wide_kernel(
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
+    SEQUENCES: gl.constexpr,  # at most, of which each program finds its part itself; 0: the schedule has it
     SHARES: gl.constexpr, LINES: gl.constexpr, DIMS: gl.constexpr,  # combined at once; 0: not here
     BY_TMA: gl.constexpr,  # whole tiles come through the tensor maps
     CONSUMER_REGISTERS: gl.constexpr,  # the producer's are what is left
@@ -782,7 +784,7 @@ def mla_wide_kernel(
     table = (block_table_ptr, stride_table_seq, stride_table_block)
     walk = (
         metadata_ptr, batch, units_per_seq, splits_per_unit, steps_per_split, rows_per_unit,
-        window_left, window_right,
+        window_left, window_right, None,
     )  # fmt: skip
     lengths = (
         cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr, stride_seqused,
@@ -795,6 +797,8 @@ def mla_wide_kernel(
     out = (out_ptr, stride_out_token, stride_out_head, stride_out_dim)
     lse = (lse_ptr, stride_lse_head)
     partial = (partial_ptr, partial_lines)
+    if SEQUENCES > 0:
+        walk = with_own_part(walk, lengths, GROUP_SIZE, HAS_LEFT and HAS_RIGHT and not SHARDED, SEQUENCES)
     # The left warpgroup has more values under way at once, and needs a little more.
     gl.warp_specialize([
         (produce, (

@@ -4,7 +4,7 @@ A part is a program's share of the work (``schedule.py``): from a step of one un
 These functions are scalar, so that Triton's and Gluon's kernels share them. Two tuples go through them:
 
 ``walk``: ``metadata_ptr, batch, units_per_seq, splits_per_unit, steps_per_split, rows_per_unit, window_left,
-window_right``.
+window_right``, then what ``schedule.own_part`` found, or None where the schedule was written before.
 
 ``lengths``: the arguments of ``sequence_facts`` after ``seq``.
 """
@@ -24,7 +24,10 @@ def part_range(part, walk, SCHEDULED: tl.constexpr):
     Otherwise part ``p`` is split ``p % splits_per_unit`` of unit ``p // splits_per_unit``, and steps count
     splits, until the length is known.
     """
-    if SCHEDULED:
+    if walk[8] is not None:
+        own = walk[8]
+        seq, unit, step, end_seq, end_unit, end_step = own[0], own[1], own[2], own[3], own[4], own[5]
+    elif SCHEDULED:
         row = walk[0] + (part + 1) * ROW
         seq = tl.load(row + 0)
         unit = tl.load(row + 1)
@@ -73,10 +76,13 @@ def facts_of(seq, first_seq, part, walk, lengths, SCHEDULED: tl.constexpr):
     """
     if SCHEDULED:
         if seq == first_seq:
-            row = walk[0] + (part + 1) * ROW
-            q_start = tl.load(row + 8)
-            num_tokens = tl.load(row + 9)
-            length = tl.load(row + 10)
+            if walk[8] is not None:
+                q_start, num_tokens, length = walk[8][6], walk[8][7], walk[8][8]
+            else:
+                row = walk[0] + (part + 1) * ROW
+                q_start = tl.load(row + 8)
+                num_tokens = tl.load(row + 9)
+                length = tl.load(row + 10)
         else:
             q_start, num_tokens, length, _total = sequence_facts(seq, *lengths)
     else:

@@ -28,6 +28,7 @@ RUNTIME = [
     "rows_per_unit", "window_left", "window_right", "overhead",
 ]  # fmt: skip
 UNALIGNED = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr", "metadata_ptr"]
+OVERHEAD_STEPS = tl.constexpr(2)  # what starting and finishing a unit costs, in steps of 64 keys
 SCHEDULE_MARK = tl.constexpr(0x5CED)  # first word of the header: tells a schedule from a zeroed buffer
 
 
@@ -53,26 +54,20 @@ def schedule_kernel(
     Header: ``mark, rows_per_unit, batch, used parts, num_parts``, zeros. Kernels compare it with their own.
     """
     part = tl.program_id(0)
+    lengths = (
+        cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr, stride_seqused, None, 0,
+    )  # fmt: skip
     offs = tl.arange(0, TILE_SEQ)
     total = tl.zeros([], tl.int64)
     largest = tl.zeros([], tl.int64)
     for first in range(0, batch, TILE_SEQ):
         cost = costs(
-            first + offs, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
-            seqused_k_ptr, stride_seqused, group_size, rows_per_unit, window_left, window_right,
-            overhead, WINDOWED,
+            first + offs, batch, lengths, group_size, rows_per_unit, window_left, window_right, overhead,
+            WINDOWED,
         )  # [TILE_SEQ]  # fmt: skip
         total += tl.sum(cost, 0)
         largest = tl.maximum(largest, tl.max(cost, 0))
-    # A part is worth two steps: less is latency alone, and the kernels for Hopper take two at a time.
-    used_parts = tl.maximum(tl.minimum(total // 2, num_parts.to(tl.int64)), 1)
-    # Sequences of one length: cut between them, if that leaves few parts idle.
-    whole_parts = used_parts // batch * batch
-    if (largest * batch == total) & (whole_parts * 16 >= used_parts * 15):
-        used_parts = whole_parts
-    p = tl.minimum(part.to(tl.int64), used_parts)
-    begin = p * total // used_parts
-    end = tl.minimum(p + 1, used_parts) * total // used_parts
+    used_parts, begin, end = part_costs(part, num_parts, total, largest, batch)
 
     before = tl.zeros([], tl.int64)
     begin_seq = tl.zeros([], tl.int32)
@@ -81,9 +76,8 @@ def schedule_kernel(
     end_base = tl.zeros([], tl.int64)
     for first in range(0, batch, TILE_SEQ):
         cost = costs(
-            first + offs, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
-            seqused_k_ptr, stride_seqused, group_size, rows_per_unit, window_left, window_right,
-            overhead, WINDOWED,
+            first + offs, batch, lengths, group_size, rows_per_unit, window_left, window_right, overhead,
+            WINDOWED,
         )  # fmt: skip
         ends = before + tl.cumsum(cost, 0)
         passed = (first + offs < batch) & (ends <= begin)
@@ -94,24 +88,63 @@ def schedule_kernel(
         end_base = tl.maximum(end_base, tl.max(tl.where(passed, ends, 0), 0))
         before += tl.sum(cost, 0)
 
-    begin_seq, begin_unit, begin_step, begin_steps = _place(
-        begin_seq, begin - begin_base, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr,
-        stride_cu_k, seqused_k_ptr, stride_seqused, group_size, rows_per_unit, window_left,
-        window_right, overhead, WINDOWED,
+    write_part(
+        part, total, used_parts,
+        _place(
+            begin_seq, begin - begin_base, batch, lengths, group_size, rows_per_unit, window_left,
+            window_right, overhead, WINDOWED,
+        ),
+        _place(
+            end_seq, end - end_base, batch, lengths, group_size, rows_per_unit, window_left,
+            window_right, overhead, WINDOWED,
+        ),
+        begin_base, end_base, batch, lengths, metadata_ptr, overhead,
     )  # fmt: skip
-    end_seq, end_unit, end_step, steps = _place(
-        end_seq, end - end_base, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr,
-        stride_cu_k, seqused_k_ptr, stride_seqused, group_size, rows_per_unit, window_left,
-        window_right, overhead, WINDOWED,
-    )  # fmt: skip
+    tl.store(metadata_ptr + (part + 1) * ROW + ARRIVALS, 0)
+    if part == 0:
+        tl.store(metadata_ptr + 0, SCHEDULE_MARK)
+        tl.store(metadata_ptr + 1, rows_per_unit)
+        tl.store(metadata_ptr + 2, batch)
+        tl.store(metadata_ptr + 3, used_parts.to(tl.int32))
+        tl.store(metadata_ptr + 4, num_parts)
+        for word in range(5, ROW):
+            tl.store(metadata_ptr + word, 0)
 
+
+@triton.jit
+def part_costs(part, num_parts, total, largest, batch):
+    """``(used parts, begin, end)`` of a part on the axis of cost, from the sum and the largest cost.
+
+    In the integers of ``total``, which must hold it times ``num_parts``.
+    """
+    # A part is worth two steps: less is latency alone, and the kernels for Hopper take two at a time.
+    used_parts = tl.maximum(tl.minimum(total // 2, num_parts.to(total.dtype)), 1)
+    # Sequences of one length: cut between them, if that leaves few parts idle.
+    whole_parts = used_parts // batch * batch
+    if (largest * batch == total) & (whole_parts * 16 >= used_parts * 15):
+        used_parts = whole_parts
+    p = tl.minimum(part.to(total.dtype), used_parts)
+    return used_parts, p * total // used_parts, tl.minimum(p + 1, used_parts) * total // used_parts
+
+
+@triton.jit
+def write_part(
+    part, total, used_parts, begin, end, begin_base, end_base, batch, lengths, metadata_ptr, overhead,
+):  # fmt: skip
+    """Write a part's row but for the counter.
+
+    ``begin``, ``end``: as :func:`_place` found them; ``begin_base``: the cost of the sequences before.
+    """
+    begin_seq, begin_unit, begin_step, begin_steps = begin
+    end_seq, end_unit, end_step, steps = end
+    p = tl.minimum(part.to(total.dtype), used_parts)
     # The part in which a cut unit begins is the one that the combine kernel works from.
     same_unit = (begin_seq == end_seq) & (begin_unit == end_unit)
     begins_here = (end_step > 0) & ((same_unit == 0) | (begin_step == 0))
-    last_step = end_base + end_unit.to(tl.int64) * (steps + overhead) + steps - 1
+    last_step = end_base + end_unit.to(total.dtype) * (steps + overhead) + steps - 1
     sharers = part_at(last_step, total, used_parts) - p.to(tl.int32) + 1
     sharers = tl.where(begins_here, sharers, 0)
-    first_cost = begin_base + begin_unit.to(tl.int64) * (begin_steps + overhead)
+    first_cost = begin_base + begin_unit.to(total.dtype) * (begin_steps + overhead)
     first_part = part_at(first_cost, total, used_parts)
     begin_sharers = part_at(first_cost + begin_steps - 1, total, used_parts) - first_part + 1
     # A part that begins with a whole unit may have been moved on to it, from another one's overhead.
@@ -122,10 +155,7 @@ def schedule_kernel(
     first_slot = 2 * first_part + tl.where(whole, 0, is_second.to(tl.int32))
     begin_sharers = tl.where(whole, tl.where(same_unit, sharers, 1), begin_sharers)
 
-    q_start, num_tokens, length, _total = sequence_facts(
-        tl.minimum(begin_seq, batch - 1), cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
-        seqused_k_ptr, stride_seqused, None, 0,
-    )  # fmt: skip
+    q_start, num_tokens, length, _total = sequence_facts(tl.minimum(begin_seq, batch - 1), *lengths)
     row = metadata_ptr + (part + 1) * ROW
     tl.store(row + 0, begin_seq)
     tl.store(row + 1, begin_unit)
@@ -140,21 +170,70 @@ def schedule_kernel(
     tl.store(row + 10, length)
     tl.store(row + 11, first_slot)
     tl.store(row + 12, begin_sharers)
-    tl.store(row + ARRIVALS, 0)
-    q_start, num_tokens, _length, _total = sequence_facts(
-        tl.minimum(end_seq, batch - 1), cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k,
-        seqused_k_ptr, stride_seqused, None, 0,
-    )  # fmt: skip
+    q_start, num_tokens, _length, _total = sequence_facts(tl.minimum(end_seq, batch - 1), *lengths)
     tl.store(row + 14, q_start)
     tl.store(row + 15, num_tokens)
-    if part == 0:
-        tl.store(metadata_ptr + 0, SCHEDULE_MARK)
-        tl.store(metadata_ptr + 1, rows_per_unit)
-        tl.store(metadata_ptr + 2, batch)
-        tl.store(metadata_ptr + 3, used_parts.to(tl.int32))
-        tl.store(metadata_ptr + 4, num_parts)
-        for word in range(5, ROW):
-            tl.store(metadata_ptr + word, 0)
+
+
+@triton.jit
+def own_part(
+    part, num_parts, walk, lengths, GROUP_SIZE: tl.constexpr, WINDOWED: tl.constexpr, SEQUENCES: tl.constexpr
+):
+    """Find a part of a schedule that no kernel has written, of SEQUENCES sequences of one unit each at most.
+
+    Writes the row, for those who combine; every program of a part writes the same. The counter is left as it
+    is: 0, in a buffer that was zeros at first. 32 bits must hold the total times the parts. ``walk`` and
+    ``lengths`` are those of ``parts.py``.
+
+    Returns:
+        Words 0 to 5 and 8 to 10 of the row.
+    """
+    metadata_ptr, batch, rows_per_unit = walk[0], walk[1], walk[5]
+    total = batch * 0
+    largest = total
+    costs = ()
+    for seq in tl.static_range(SEQUENCES):
+        _start, num_tokens, length, _total = sequence_facts(tl.minimum(seq, batch - 1), *lengths)
+        steps = nominal_steps(num_tokens, length, GROUP_SIZE, rows_per_unit, walk[6], walk[7], WINDOWED)
+        cost = tl.where(seq < batch, steps + OVERHEAD_STEPS, 0)
+        costs = costs + (cost,)
+        total += cost
+        largest = tl.maximum(largest, cost)
+    used_parts, begin, end = part_costs(part, num_parts, total, largest, batch)
+    before = total * 0
+    begin_base = before
+    end_base = before
+    begin_seq = before
+    end_seq = before
+    begin_steps = costs[0] - OVERHEAD_STEPS
+    end_steps = begin_steps
+    for seq in tl.static_range(1, SEQUENCES + 1):
+        before += costs[seq - 1]
+        passed = (seq <= batch) & (before <= begin)
+        begin_seq += passed.to(tl.int32)
+        begin_base = tl.where(passed, before, begin_base)
+        passed_by_end = (seq <= batch) & (before <= end)
+        end_seq += passed_by_end.to(tl.int32)
+        end_base = tl.where(passed_by_end, before, end_base)
+        if seq < SEQUENCES:  # behind the last sequence: its steps, of which 0 are passed
+            steps = costs[seq] - OVERHEAD_STEPS
+            begin_steps = tl.where(passed & (seq < batch), steps, begin_steps)
+            end_steps = tl.where(passed_by_end & (seq < batch), steps, end_steps)
+    # A cut in an overhead moves on.
+    begin_step = begin - begin_base
+    begin_seq = tl.where(begin_step >= begin_steps, begin_seq + 1, begin_seq)
+    begin_step = tl.where(begin_step >= begin_steps, 0, begin_step)
+    end_step = end - end_base
+    end_seq = tl.where(end_step >= end_steps, end_seq + 1, end_seq)
+    end_step = tl.where(end_step >= end_steps, 0, end_step)
+    unit = batch * 0
+    write_part(
+        part, total, used_parts,
+        (begin_seq, unit, begin_step, begin_steps), (end_seq, unit, end_step, end_steps),
+        begin_base, end_base, batch, lengths, metadata_ptr, OVERHEAD_STEPS,
+    )  # fmt: skip
+    q_start, num_tokens, length, _total = sequence_facts(tl.minimum(begin_seq, batch - 1), *lengths)
+    return begin_seq, unit, begin_step, end_seq, unit, end_step, q_start, num_tokens, length
 
 
 @triton.jit
@@ -174,19 +253,19 @@ def part_at(cost, total, used_parts):
 
 @triton.jit
 def costs(
-    seqs, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr,
-    stride_seqused, group_size, rows_per_unit, window_left, window_right, overhead,
+    seqs, batch, lengths, group_size, rows_per_unit, window_left, window_right, overhead,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Cost of each sequence, int64; 0 past the batch."""
+    cu_seqlens_q_ptr, stride_cu_q = lengths[0], lengths[1]
     mask = seqs < batch
     q_start = tl.load(cu_seqlens_q_ptr + seqs * stride_cu_q, mask=mask, other=0)
     num_tokens = tl.load(cu_seqlens_q_ptr + (seqs + 1) * stride_cu_q, mask=mask, other=0) - q_start
-    if seqused_k_ptr is not None:
-        length = tl.load(seqused_k_ptr + seqs * stride_seqused, mask=mask, other=0)
+    if lengths[4] is not None:
+        length = tl.load(lengths[4] + seqs * lengths[5], mask=mask, other=0)
     else:
-        length = tl.load(cu_seqlens_k_ptr + (seqs + 1) * stride_cu_k, mask=mask, other=0)
-        length -= tl.load(cu_seqlens_k_ptr + seqs * stride_cu_k, mask=mask, other=0)
+        length = tl.load(lengths[2] + (seqs + 1) * lengths[3], mask=mask, other=0)
+        length -= tl.load(lengths[2] + seqs * lengths[3], mask=mask, other=0)
     steps = nominal_steps(num_tokens, length, group_size, rows_per_unit, window_left, window_right, WINDOWED)
     units = num_units(num_tokens, group_size, rows_per_unit)
     return tl.where(mask, units.to(tl.int64) * (steps + overhead), 0)
@@ -194,16 +273,12 @@ def costs(
 
 @triton.jit
 def _place(
-    seq, rest, batch, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr,
-    stride_seqused, group_size, rows_per_unit, window_left, window_right, overhead,
+    seq, rest, batch, lengths, group_size, rows_per_unit, window_left, window_right, overhead,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """``(seq, unit, step, steps)`` at cost ``rest`` into the sequence; a cut in an overhead moves on."""
     seq_read = tl.minimum(seq, batch - 1)  # past the end: any sequence will do
-    _start, num_tokens, length, _total = sequence_facts(
-        seq_read, cu_seqlens_q_ptr, stride_cu_q, cu_seqlens_k_ptr, stride_cu_k, seqused_k_ptr,
-        stride_seqused, None, 0,
-    )  # fmt: skip
+    _start, num_tokens, length, _total = sequence_facts(seq_read, *lengths)
     steps = nominal_steps(num_tokens, length, group_size, rows_per_unit, window_left, window_right, WINDOWED)
     units = num_units(num_tokens, group_size, rows_per_unit)
     unit = (rest // (steps + overhead)).to(tl.int32)
