@@ -345,6 +345,9 @@ SHAPES = {
     "gqa-splits": Shape("llama-3-8b", "G2", {"num_splits": 4}),
     "gqa-float16": Shape("llama-3-8b", "G2", {"dtype": "float16"}),
     "gqa-alone": Shape("llama-3-8b", "G2"),
+    "gqa-dense": Shape("dense", "G2"),
+    "dense": Shape("dense-row", "M1"),
+    "h128-dense": Shape("deepseek-v3-h128", "M1", {"paged": False}),
 }
 MANY = 80  # sequences, so many that it pays to load by TMA
 FEW = {"alone": 1, "few": 12}  # so few that many parts share a unit, and combine other tiles of it

@@ -70,11 +70,11 @@ def copy_rows(
 def find_sequence(seq, lengths, table, BLOCK_SIZE: gl.constexpr):
     """``(first row of a cache without a block table, else the sequence's number; its row of the table)``."""
     k_start = seq.to(gl.int64)
-    table_ptr = table[0]
     if BLOCK_SIZE == 0:
         k_start = gl.load(lengths[2] + seq * lengths[3]).to(gl.int64)
+        table_ptr = lengths[2]  # no table, and nobody reads it; but a function cannot return None
     else:
-        table_ptr += seq.to(gl.int64) * table[1]
+        table_ptr = table[0] + k_start * table[1]
     return k_start, table_ptr
 
 
