@@ -329,7 +329,7 @@ def test_host_time_of_a_call(
     record_property("host_microseconds", microseconds)
     record_property("host_microseconds_of_add_", yardstick)
     print(f"{name}: {microseconds:.1f} us on the host a call, {yardstick:.1f} for add_")  # noqa: T201
-    assert microseconds < 4 * yardstick
+    assert microseconds < 5 * yardstick
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
