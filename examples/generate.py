@@ -5,9 +5,9 @@
 
 From top to bottom: the cache (views into the memory that a layout of the catalogue describes) and
 its blocks, one step of a batch, the two models (random weights: the tokens mean nothing), the
-engine with continuous batching, and the command. New rows are written through the views with plain
-indexing and read in place by ``anystride.flash_attn_varlen_func``. The models and the engine do not
-know how the cache lies in memory. ``dense`` is a model without a cache, for ``--check``.
+engine with continuous batching, and the command. New rows are written through the views by
+``anystride.cache`` and read in place by ``anystride.flash_attn_varlen_func``. The models and the
+engine do not know how the cache lies in memory. ``dense`` is a model without a cache, for ``--check``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anystride import flash_attn_varlen_func, get_scheduler_metadata
+from anystride.cache import store_kv, store_mla
 from anystride.testing import CacheShape, Layout, find_layout
 from anystride.testing.storage import Form
 
@@ -96,7 +97,7 @@ class Step:
 
     tokens: Tensor  # [total_q]
     positions: Tensor  # [total_q], each in its own request
-    slots: tuple[Tensor, Tensor, Tensor]  # page, block and token of each new row, [total_q] each
+    slot_mapping: Tensor  # [total_q], where each new row goes
     max_seqlen_q: int
     cu_seqlens_q: Tensor  # [batch + 1], where each request's new tokens begin
     max_seqlen_k: int
@@ -167,8 +168,7 @@ class GQA:
 
     def paged(self, x: Tensor, step: Step, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         q, k, v = self.project(x, step.positions)
-        k_cache[step.slots] = k.to(k_cache.dtype)
-        v_cache[step.slots] = v.to(v_cache.dtype)
+        store_kv(k, v, k_cache, v_cache, step.slot_mapping)
         return step.attend(q, k_cache, v_cache, self.softmax_scale).flatten(1) @ self.w_o
 
     def dense(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -212,13 +212,12 @@ class MLA:
         q_nope, q_rope, latent, k_rope = self.project(x, step.positions)
         q_latent = torch.einsum("thn,rhn->thr", q_nope, self.w_uk)
         if k_cache.shape[-1] == self.d_rope:  # K is the rope part, V the latent part
-            q, q_v = q_rope, q_latent
-            k_cache[step.slots] = k_rope.to(k_cache.dtype)
-            v_cache[step.slots] = latent.to(v_cache.dtype)
+            q, q_v, rope_cache = q_rope, q_latent, k_cache
         else:  # K is the row and V lies in it: where it begins, or after the rope part
-            order = 1 if v_cache.storage_offset() == k_cache.storage_offset() else -1
-            q, q_v = torch.cat([q_latent, q_rope][::order], dim=-1), None
-            k_cache[step.slots] = torch.cat([latent, k_rope][::order], dim=-1).to(k_cache.dtype)
+            v_first = v_cache.storage_offset() == k_cache.storage_offset()
+            q, q_v = torch.cat([q_latent, q_rope] if v_first else [q_rope, q_latent], dim=-1), None
+            rope_cache = k_cache[..., self.kv_lora_rank :] if v_first else k_cache[..., : self.d_rope]
+        store_mla(latent, k_rope, (v_cache, rope_cache), step.slot_mapping)
         out = step.attend(q, k_cache, v_cache, self.softmax_scale, q_v)
         return torch.einsum("thr,rhv->thv", out, self.w_uv).flatten(1) @ self.w_o
 
@@ -375,13 +374,13 @@ class Engine:
             return torch.tensor(list(values), dtype=dtype, device=self.model.device)
 
         k, v = self.cache[0]
-        _, blocks_per_page, block_size, num_kv_heads, d_qk = k.shape
+        block_size, num_kv_heads, d_qk = k.shape[2:]
         new = [(r, i) for r, n in work for i in range(r.num_cached, r.num_cached + n)]
         ids = (token for r, n in work for token in r.tokens[r.num_cached : r.num_cached + n])
         tokens = tensor(ids, torch.int64)
         positions = tensor((i for _, i in new), torch.int64)
         block = tensor((r.blocks[i // block_size] for r, i in new), torch.int64)
-        slots = (block // blocks_per_page, block % blocks_per_page, positions % block_size)
+        slot_mapping = block * block_size + positions % block_size
         max_q = max(n for _, n in work)
         cu_seqlens_q = tensor(accumulate((n for _, n in work), initial=0))
         lengths = [r.num_cached + n for r, n in work]
@@ -393,7 +392,7 @@ class Engine:
             v.shape[-1], cu_seqlens_q, causal=True,
         )  # fmt: skip
         return Step(
-            tokens, positions, slots, max_q, cu_seqlens_q, max_k, seqused_k, table, metadata,
+            tokens, positions, slot_mapping, max_q, cu_seqlens_q, max_k, seqused_k, table, metadata,
             self.backend,
         )  # fmt: skip
 

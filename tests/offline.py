@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +22,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from anystride import flash_attn_varlen_func, launch, plan
-from anystride.backends import hopper
+from anystride import flash_attn_varlen_func, launch, plan, store_plan
+from anystride.backends import hopper, triton_store
 from anystride.backends import triton as portable
 from anystride.launch import Target
 from anystride.problem import Problem
 
-__all__ = ["TARGETS", "Binary", "compile_call", "standing_in"]
+__all__ = ["TARGETS", "Binary", "compile_call", "compile_store", "standing_in"]
 
 # Shared memory: what one program can have, CUDA programming guide, table of compute capabilities; CDNA3 ISA.
 TARGETS = {
@@ -91,6 +91,7 @@ def standing_in(target: str) -> Iterator[list[tuple[str, Any]]]:
         return hopper.shape_refusals(problem) + hopper.stride_refusals(problem)
 
     plan._PLANS.clear()  # plans do not know about the stand-in
+    store_plan._PLANS.clear()
     try:
         with (
             mock.patch.object(launch, "device_target", return_value=facts),
@@ -98,6 +99,7 @@ def standing_in(target: str) -> Iterator[list[tuple[str, Any]]]:
             mock.patch.object(hopper, "device_target", return_value=facts),
             mock.patch.object(portable, "refusals", return_value=[]),
             mock.patch.object(hopper, "refusals", refuse),
+            mock.patch.object(triton_store, "refusals", return_value=[]),
             mock.patch.object(driver, "_active", _Driver(gpu)),
             mock.patch.object(JITFunction, "run", compile_only),
             # A torch for the CPU cannot answer.
@@ -106,6 +108,7 @@ def standing_in(target: str) -> Iterator[list[tuple[str, Any]]]:
             yield launched
     finally:
         plan._PLANS.clear()
+        store_plan._PLANS.clear()
 
 
 def compile_call(kwargs: dict[str, Any], target: str, backend: str = "triton") -> list[Binary]:
@@ -122,6 +125,14 @@ def compile_call(kwargs: dict[str, Any], target: str, backend: str = "triton") -
     with standing_in(target) as launched:
         flash_attn_varlen_func(**kwargs, backend=backend)
     return [_inspect(*kernel) for kernel in launched]
+
+
+def compile_store(store: Callable[..., None], arguments: Sequence[Any], target: str) -> Binary:
+    """Compile the kernel that a call of the write side would launch on a target."""
+    with standing_in(target) as launched:
+        store(*arguments, backend="triton")
+    ((name, made),) = launched
+    return _inspect(name, made)
 
 
 def _inspect(name: str, made: Any) -> Binary:

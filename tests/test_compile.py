@@ -6,6 +6,7 @@ Needs Triton's wheel and no GPU. ``make compile-matrix`` runs this file under ev
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,9 +19,10 @@ triton = pytest.importorskip("triton")
 
 import torch  # noqa: E402
 from compilations import compilations  # noqa: E402
-from offline import TARGETS, compile_call, standing_in  # noqa: E402
+from offline import TARGETS, compile_call, compile_store, standing_in  # noqa: E402
 
 from anystride import flash_attn_varlen_func, get_scheduler_metadata, warmup  # noqa: E402
+from anystride.cache import store_kv, store_mla  # noqa: E402
 from anystride.testing import find_case, find_layout, make_inputs  # noqa: E402
 
 # Triton 3.9 says at the first compilation that a default will change in 3.10.
@@ -204,3 +206,51 @@ def test_warmup_leaves_nothing_to_compile(name: str, backend: str | None, max_ba
                     for given in ({}, {"scheduler_metadata": metadata}, {"return_softmax_lse": False}):
                         flash_attn_varlen_func(**(later | given), backend=backend)
                 assert not compiled, f"batch {batch}, max_seqlen_k {longest}: compiles {compiled}"
+
+
+# The write side
+
+
+def stored(name: str) -> tuple[Any, tuple[Any, ...]]:
+    """A call of the write side: the function and its arguments."""
+    tokens, dtype = 300, torch.bfloat16
+    slots = torch.zeros(tokens, dtype=torch.int64)
+    if name.startswith("mla"):
+        rows = torch.zeros(tokens, 512, dtype=dtype), torch.zeros(tokens, 64, dtype=dtype)
+        if name == "mla":
+            return store_mla, (*rows, torch.zeros(9, 64, 576, dtype=dtype), slots)
+        raw = torch.zeros(9, 64, 656, dtype=torch.uint8)
+        latent, rope = raw[..., :512].view(torch.float8_e4m3fn), raw[..., 528:].view(dtype)
+        return store_mla, (*rows, (latent, rope), slots, raw[..., 512:528].view(torch.float32))
+    key, value = torch.zeros(2, tokens, 8, 128, dtype=dtype)
+    if name == "kv":
+        return store_kv, (key, value, *torch.zeros(9, 2, 16, 8, 128, dtype=dtype).unbind(1), slots)
+    if name == "kv-step-2":
+        cache = torch.zeros(9, 2, 16, 8, 256, dtype=dtype)[..., ::2]
+        return store_kv, (key, value, *cache.unbind(1), slots)
+    if name == "kv-e4m3":
+        cache = torch.zeros(9, 2, 16, 8, 128, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        return store_kv, (key, value, *cache.unbind(1), slots, torch.ones(8), torch.ones(8))
+    raw = torch.zeros(9, 2, 16, 8, 132, dtype=torch.uint8)
+    caches = raw[..., :128].view(torch.float8_e5m2).unbind(1)
+    return store_kv, (key, value, *caches, slots, *raw.view(torch.float32)[..., 32].unbind(1))
+
+
+STORES = {"kv": 16, "kv-step-2": 2, "kv-e4m3": 16, "kv-132-bytes": 4, "mla": 16, "mla-656-bytes": 16}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("name", STORES)
+def test_stores_compile_without_spilling(name: str, target: str) -> None:
+    store, arguments = stored(name)
+    binary = compile_store(store, arguments, target)
+    assert binary.kernel == "store_kernel"
+    assert binary.spilled_bytes == 0
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_stores_are_as_wide_as_rows_are_aligned(name: str) -> None:
+    store, arguments = stored(name)
+    found = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", compile_store(store, arguments, "sm_90").assembly)
+    widest = max(int(count or 1) * int(bits) // 8 for count, bits in found)
+    assert widest == STORES[name]

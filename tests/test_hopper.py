@@ -269,7 +269,7 @@ def test_a_plan_keeps_no_cache_alive_and_describes_that_of_each_call() -> None:
     problem = problem_of(find_case("deepseek-v3-h128"), find_layout("M1"))
     described = hopper.tensor_map(problem, "k", problem.k_strides, problem.d_qk)
     asked = launch.Launch(Kernel(), (1, 1, 1), (described, launch.Pointer("k")), {}, {})
-    ready = launch.first_start(asked, {"k": first})
+    ready = launch.first_start(asked, dict.fromkeys(launch.SOURCES) | {"k": first})
     assert ready is not None
     assert all(value is not first for _place, _source, facts in ready.maps for value in facts.values())
     launch.run_again([ready], 7, tuple(second if name == "k" else None for name in launch.SOURCES))
@@ -361,10 +361,13 @@ CLEAN = (
     "h16", "h8", "q_v", "block-1", "splits", "float16", "few",
     "gqa", "gqa-d64", "gqa-block-1", "gqa-splits", "gqa-float16", "gqa-alone",
 )  # fmt: skip
-# The ptxas of Triton 3.9 keeps some addresses on the stack in the loops, too, where those before it do not.
-ALLOWED = {"speculative": 4, "h128-features": 6, "gqa-d256-64-rows": 20}
-if int(triton.__version__.split(".")[1]) < 9:
-    ALLOWED = {}
+# What the ptxas of some Tritons keeps on the stack in the loops, where that of 3.7 keeps nothing: 3.9 some
+# addresses, 3.6 a counter where programs find their parts themselves.
+TRITON = int(triton.__version__.split(".")[1])
+ALLOWED = {
+    6: {"gqa-alone": 2},
+    9: {"speculative": 4, "h128-features": 6, "gqa-d256-64-rows": 20},
+}.get(TRITON, {})
 
 
 def compiled(name: str) -> list[Binary]:
@@ -518,7 +521,7 @@ def test_nothing_is_spilled_where_it_matters(name: str) -> None:
     loops = main_loops(decode.sass, 1 if name in GQA else 2)
     assert sum("HGMMA" in line for line in loops) >= (8 if name in GQA else 10)
     assert spills(loops) <= ALLOWED.get(name, 0), "spilled in a main loop"
-    if name in CLEAN and not ALLOWED:
+    if name in CLEAN and name not in ALLOWED and TRITON < 9:
         assert decode.spilled_bytes == 0
 
 

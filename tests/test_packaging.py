@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 import anystride
+import anystride.cache
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "anystride"
@@ -22,13 +24,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     ("anystride.errors", "anystride.merge", "anystride.kernels", "anystride.memory", "anystride.driver"),
     ("anystride.problem", "anystride.logs"),
-    ("anystride.reference", "anystride.packing"),
+    ("anystride.reference", "anystride.packing", "anystride.store"),
     ("anystride.launch",),
     ("anystride.work",),
     ("anystride.backends",),
-    ("anystride.plan",),
+    ("anystride.plan", "anystride.store_plan"),
     ("anystride.ops", "anystride.explanation"),
-    ("anystride.api",),
+    ("anystride.api", "anystride.cache"),
     ("anystride",),
     ("anystride.testing", "anystride.collect_env"),
     ("anystride.cli",),
@@ -204,9 +206,13 @@ def test_the_version_is_written_in_one_place() -> None:
     assert not re.search(r'^version = "', text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", [name for name in anystride.__all__ if name != "__version__"])
+PUBLIC = [name for name in anystride.__all__ if name != "__version__"]
+PUBLIC += [f"cache.{name}" for name in anystride.cache.__all__]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_public_docstrings_name_every_argument(name: str) -> None:
-    public = getattr(anystride, name)
+    public = attrgetter(name)(anystride)
     text = inspect.getdoc(public) or ""
     assert text, f"{name} has no docstring"
     if inspect.isclass(public):

@@ -139,7 +139,7 @@ def flash_attn_varlen_func(
         q, k, v, q_v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, alibi_slopes, s_aux,
         q_descale, k_descale, v_descale, cp_tot_seqused_k, scheduler_metadata, out, None,
     )
-    traced = _is_traced(q)
+    traced = ops.is_traced(q)
     numbers = (
         max_seqlen_q, max_seqlen_k if traced else bucket(max_seqlen_k), softmax_scale, causal,
         (-1, -1) if window_size is None else tuple(window_size),
@@ -155,15 +155,6 @@ def flash_attn_varlen_func(
         assert call.lse is not None  # it was asked for, so it was allocated
         return call.out, call.lse
     return call.out
-
-
-def _is_traced(q: Tensor) -> bool:
-    """Whether somebody watches the call: a compiler, a dispatch mode, or a tensor subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or (type(q) is not Tensor and isinstance(q, Tensor))  # what is no tensor is left to the checks
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 def _through_operator(call: Call, numbers: Numbers, backend: str | None) -> Call:

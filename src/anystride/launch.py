@@ -45,21 +45,34 @@ def device_target(device: torch.device) -> Target:
     return Target("cuda", arch, properties.multi_processor_count, shared)
 
 
+def device_refusals(device: torch.device) -> list[str]:
+    """Every reason why kernels in Triton cannot run on a device."""
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        return ["tensors are on cpu; needs a GPU, or TRITON_INTERPRET=1 to check a kernel slowly"]
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return [f"tensors are on {device}; needs a GPU that Triton supports"]
+    if device.type == "cuda" and not torch.version.hip:
+        arch = device_target(device).arch
+        if arch < 80:
+            return [f"compute capability {arch // 10}.{arch % 10}; needs 8.0 or later"]
+    return []
+
+
 class Pointer(str):
-    """Stands for a tensor of the call, by its name in ``SOURCES``, among the arguments of a launch."""
+    """Stands for a tensor of the call, by its name, among the arguments of a launch."""
 
 
 class TensorMap(NamedTuple):
     """Stands for a tensor of the call as TMA sees it, among the arguments of a launch."""
 
-    name: str  # in SOURCES
+    name: str
     sizes: tuple[int, ...]
     strides: tuple[int, ...]  # elements
     box: tuple[int, ...]  # what is loaded at a time
     layout: Any  # of a box in shared memory
 
 
-SOURCES = (*Call._fields, *Scratch._fields)  # what a launch points to: the call's tensors, the scratch
+SOURCES = (*Call._fields, *Scratch._fields)  # what launches of attention point to: its tensors, the scratch
 
 
 class Launch(NamedTuple):
@@ -77,7 +90,7 @@ class Ready(NamedTuple):
 
     run: Any  # Triton's launcher
     arguments: list[Any]  # of the launcher
-    places: tuple[tuple[int, int], ...]  # of addresses: (place among the arguments, index into SOURCES)
+    places: tuple[tuple[int, int], ...]  # of addresses: (place among the arguments, which of the tensors)
     maps: tuple[tuple[int, int, dict[str, Any]], ...]  # of tensor maps: the same, and what they say
     function: driver.Function | None  # the way past Triton's launcher, where there is one
 
@@ -104,6 +117,7 @@ def first_start(launch: Launch, tensors: Mapping[str, Any]) -> Ready | None:
     plan: later calls of the plan skip Triton's own look-up, and pass addresses, about which Triton would ask
     the driver if they came as tensors. They skip its launch hooks, too: a Proton session sees first calls.
     """
+    names = list(tensors)
     given = [_given(x, tensors) for x in launch.arguments]
     made = launch.kernel[launch.grid](*given, **launch.constants, **launch.options)
     if made is None:
@@ -113,9 +127,9 @@ def first_start(launch: Launch, tensors: Mapping[str, Any]) -> Ready | None:
     before = [*launch.grid, None, made.function, made.packed_metadata, None, None, None]
     own = [*launch.arguments, *launch.constants.values()]
     arguments = [*before, *own]
-    places = tuple((i, SOURCES.index(x)) for i, x in enumerate(arguments) if isinstance(x, Pointer))
+    places = tuple((i, names.index(x)) for i, x in enumerate(arguments) if isinstance(x, Pointer))
     maps = tuple(
-        (len(before) + i, SOURCES.index(x.name), _facts(given[i]))
+        (len(before) + i, names.index(x.name), _facts(given[i]))
         for i, x in enumerate(launch.arguments)
         if isinstance(x, TensorMap)
     )
@@ -147,7 +161,7 @@ def run_again(ready: list[Ready], stream: int, sources: tuple[Any, ...]) -> None
     Args:
         ready: From :func:`first_run`.
         stream: Its handle.
-        sources: Tensors in the order of ``SOURCES``.
+        sources: What launches point to, in the order in which :func:`first_run` was given it.
     """
     # All addresses first: the launches should reach the device one right behind the other.
     addresses = [[sources[source].data_ptr() for _place, source in launch.places] for launch in ready]

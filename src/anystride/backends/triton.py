@@ -22,6 +22,7 @@ from anystride.launch import (
     Target,
     current,
     current_stream,
+    device_refusals,
     device_target,
     first_run,
     is_current,
@@ -62,11 +63,6 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     programs_per_processor: int
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 def pieces(dims: int) -> tuple[int, int]:
@@ -137,16 +133,7 @@ class Config:
 
 def refusals(problem: Problem) -> list[str]:
     """Every reason why the Triton kernels cannot run the problem here."""
-    reasons = []
-    if problem.device.type == "cpu" and not interpreted():
-        reasons.append("tensors are on cpu; needs a GPU, or TRITON_INTERPRET=1 to check a kernel slowly")
-    elif problem.device.type not in ("cpu", "cuda", "xpu"):
-        reasons.append(f"tensors are on {problem.device}; needs a GPU that Triton supports")
-    elif problem.device.type == "cuda" and not torch.version.hip:
-        arch = device_target(problem.device).arch
-        if arch < 80:
-            reasons.append(f"compute capability {arch // 10}.{arch % 10}; needs 8.0 or later")
-    return reasons
+    return device_refusals(problem.device)
 
 
 def is_narrow(strides: tuple[int, ...]) -> bool:

@@ -1,0 +1,110 @@
+"""The write side on GPUs: the launch of the Triton kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anystride.kernels.store import store_kernel
+from anystride.launch import (
+    Launch,
+    Pointer,
+    Ready,
+    current,
+    current_stream,
+    device_refusals,
+    first_run,
+    is_current,
+    run_again,
+)
+from anystride.problem import bucket
+from anystride.store import Half, HalfFacts, StoreCall, StoreProblem
+from anystride.work import vector
+
+FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+TILE = 4096  # elements of a program
+MOST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is launched.
+
+    Attributes:
+        launch: The launch, complete but for the addresses.
+        ready: The same, once the first call has compiled it.
+    """
+
+    launch: Launch
+    ready: list[Ready] = field(default_factory=list, compare=False)
+
+
+def refusals(problem: StoreProblem) -> list[str]:
+    """Every reason why the Triton kernel cannot run the call here."""
+    return device_refusals(problem.device)
+
+
+def constants(half: HalfFacts) -> dict[str, Any]:
+    """Compile-time arguments of a half."""
+    d = half.d // half.groups
+    itemsize, cache_itemsize = half.dtype.itemsize, half.cache_dtype.itemsize
+    tile_d = bucket(d)
+    return {
+        "HEADS": half.heads,
+        "GROUPS": half.groups,
+        "D": d,
+        "FORMAT": FORMATS.get(half.cache_dtype, "none"),
+        "SCALE": half.scale,
+        "UNIT": half.strides[2] == 1,
+        "VECTOR": vector((*half.strides[:2], d), half.align, itemsize),
+        "C_UNIT": half.cache_strides[4] == 1,
+        "C_VECTOR": vector((*half.cache_strides[:4], d), half.cache_align, cache_itemsize),
+        "ROWS": max(1, min(MOST_ROWS, TILE // tile_d)),
+        "BLOCK_D": tile_d,
+    }
+
+
+def choose_config(problem: StoreProblem) -> Config:
+    """The launch for the problem."""
+    p = problem
+    halves = {"A": (p.first, constants(p.first)), "B": (p.second, constants(p.second))}
+    tiles = max(-(-p.num_tokens * x.heads * x.groups // c["ROWS"]) for x, c in halves.values())
+    arguments: list[Any] = [Pointer("slots"), p.slot_stride, p.num_tokens, p.block_size, p.blocks_per_page]
+    for name, (half, _constants) in halves.items():
+        pointed = half.scale in ("one", "heads", "written")
+        arguments += [
+            Pointer(f"{name}_rows"), *half.strides, Pointer(f"{name}_cache"), *half.cache_strides,
+            half.number,
+            Pointer(f"{name}_scale") if pointed else None, *half.scale_strides,
+        ]  # fmt: skip
+    return Config(
+        Launch(
+            store_kernel,
+            (tiles, 2, 1),
+            tuple(arguments),
+            {f"{name}_{key}": value for name, (_half, c) in halves.items() for key, value in c.items()},
+            {"num_warps": 4},
+        )
+    )
+
+
+def _pointed(half: Half) -> tuple[Any, ...]:
+    cache = half.cache.view(torch.uint8) if half.cache.dtype in FORMATS else half.cache
+    return half.rows, cache, half.written if half.written is not None else half.scale
+
+
+def run(problem: StoreProblem, config: Config, call: StoreCall) -> None:
+    """Launch the kernel on the device's current stream."""
+    device = problem.device
+    if not is_current(device):
+        with current(device):
+            return run(problem, config, call)
+    names = ("slots", "A_rows", "A_cache", "A_scale", "B_rows", "B_cache", "B_scale")
+    tensors: tuple[Tensor | Any, ...] = (call.slot_mapping, *_pointed(call.first), *_pointed(call.second))
+    if config.ready:
+        return run_again(config.ready, current_stream(device), tensors)
+    config.ready[:] = first_run([config.launch], dict(zip(names, tensors, strict=True)))
+    return None
