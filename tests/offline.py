@@ -23,7 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from anystride import flash_attn_varlen_func, launch, plan, store_plan
-from anystride.backends import hopper, triton_store
+from anystride.backends import hopper, triton_blocks, triton_store
 from anystride.backends import triton as portable
 from anystride.launch import Target
 from anystride.problem import Problem
@@ -100,6 +100,7 @@ def standing_in(target: str) -> Iterator[list[tuple[str, Any]]]:
             mock.patch.object(portable, "refusals", return_value=[]),
             mock.patch.object(hopper, "refusals", refuse),
             mock.patch.object(triton_store, "refusals", return_value=[]),
+            mock.patch.object(triton_blocks, "refusals", return_value=[]),
             mock.patch.object(driver, "_active", _Driver(gpu)),
             mock.patch.object(JITFunction, "run", compile_only),
             # A torch for the CPU cannot answer.

@@ -22,7 +22,7 @@ from compilations import compilations  # noqa: E402
 from offline import TARGETS, compile_call, compile_store, standing_in  # noqa: E402
 
 from anystride import flash_attn_varlen_func, get_scheduler_metadata, warmup  # noqa: E402
-from anystride.cache import store_kv, store_mla  # noqa: E402
+from anystride.cache import copy_blocks, gather_blocks, store_kv, store_mla  # noqa: E402
 from anystride.testing import find_case, find_layout, make_inputs  # noqa: E402
 
 # Triton 3.9 says at the first compilation that a default will change in 3.10.
@@ -236,21 +236,34 @@ def stored(name: str) -> tuple[Any, tuple[Any, ...]]:
     return store_kv, (key, value, *caches, slots, *raw.view(torch.float32)[..., 32].unbind(1))
 
 
+def copied(name: str) -> tuple[Any, tuple[Any, ...]]:
+    """A call that copies blocks."""
+    source, target = torch.zeros(2, 9, 16, 8, 128, dtype=torch.bfloat16)
+    mapping = torch.zeros(300, 2, dtype=torch.int64)
+    if name == "blocks-heads-first":
+        return gather_blocks, (source, mapping[:9, 0], target.view(9, 8, 16, 128).transpose(1, 2))
+    if name == "blocks-step-2":
+        target = torch.zeros(9, 16, 8, 256, dtype=torch.bfloat16)[..., ::2]
+    return copy_blocks, (source, target, mapping)
+
+
 STORES = {"kv": 16, "kv-step-2": 2, "kv-e4m3": 16, "kv-132-bytes": 4, "mla": 16, "mla-656-bytes": 16}
+STORES |= {"blocks": 16, "blocks-step-2": 2, "blocks-heads-first": 16}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("name", STORES)
 def test_stores_compile_without_spilling(name: str, target: str) -> None:
-    store, arguments = stored(name)
+    blocks = name.startswith("blocks")
+    store, arguments = copied(name) if blocks else stored(name)
     binary = compile_store(store, arguments, target)
-    assert binary.kernel == "store_kernel"
+    assert binary.kernel == ("copy_blocks_kernel" if blocks else "store_kernel")
     assert binary.spilled_bytes == 0
 
 
 @pytest.mark.parametrize("name", STORES)
 def test_stores_are_as_wide_as_rows_are_aligned(name: str) -> None:
-    store, arguments = stored(name)
+    store, arguments = copied(name) if name.startswith("blocks") else stored(name)
     found = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", compile_store(store, arguments, "sm_90").assembly)
     widest = max(int(count or 1) * int(bits) // 8 for count, bits in found)
     assert widest == STORES[name]

@@ -25,6 +25,7 @@ ROOMS = (
     ("anystride.errors", "anystride.merge", "anystride.kernels", "anystride.memory", "anystride.driver"),
     ("anystride.problem", "anystride.logs"),
     ("anystride.reference", "anystride.packing", "anystride.store"),
+    ("anystride.blocks",),
     ("anystride.launch",),
     ("anystride.work",),
     ("anystride.backends",),

@@ -2,16 +2,17 @@
 
 What an engine must do before it can attend, for every layout that :func:`anystride.flash_attn_varlen_func`
 reads: one launch for both halves of a layer, quantisation to fp8 on the way, and not a byte beside the rows
-that the slots name.
+that the slots name. And blocks moved between caches of different layouts, bit by bit.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from anystride import ops, store_plan
 
-__all__ = ["store_kv", "store_mla"]
+__all__ = ["copy_blocks", "gather_blocks", "store_kv", "store_mla"]
 
 
 def store_kv(
@@ -98,3 +99,57 @@ def store_mla(
     latent, rope = kv_cache if isinstance(kv_cache, tuple | list) else (kv_cache, None)
     run = ops.store_mla if ops.is_traced(kv_c) else store_plan.store_mla
     run(kv_c, k_pe, latent, rope, slot_mapping, scale, backend)
+
+
+def copy_blocks(source: Tensor, target: Tensor, block_mapping: Tensor, *, backend: str | None = None) -> None:
+    """Copy blocks, bit by bit: ``target[mapping[i, 1]] = source[mapping[i, 0]]``.
+
+    For prefixes that are shared no longer, swapping, and converting one layout into another, in both
+    directions: the two caches may have any strides, and pages of their own.
+
+    Args:
+        source: ``[num_blocks, block_size, num_kv_heads, d]`` or ``[num_pages, blocks_per_page, block_size,
+            num_kv_heads, d]``, any strides: K of a layer, V, or MLA's rows. One call each.
+        target: The same tokens, heads, dimensions and dtype, any strides but 0; it may be ``source`` itself.
+            Written in place.
+        block_mapping: ``[n, 2]`` int64 or int32, any strides, on the same device. A pair with a negative id
+            is skipped. No block may be a target twice, nor a source and a target of one call: what is read is
+            then undefined. Ids must be in the caches, which is not checked on a GPU.
+        backend: None picks the first that can; ``triton`` or ``cpu`` is obeyed or refused.
+
+    Raises:
+        InvalidInputError: The call breaks the contract above, on whatever device.
+        UnsupportedError: The back end asked for, or every one, cannot run it.
+
+    Notes:
+        Never synchronises on a GPU; safe in a CUDA graph.
+    """
+    if ops.is_traced(source):
+        torch.ops.anystride.copy_blocks(source, target, block_mapping, backend)
+    else:
+        store_plan.copy_blocks("copy_blocks", source, target, block_mapping, 2, backend)
+
+
+def gather_blocks(source: Tensor, block_ids: Tensor, target: Tensor, *, backend: str | None = None) -> None:
+    """Collect blocks, bit by bit: ``target[i] = source[block_ids[i]]``.
+
+    One request's blocks into a buffer for transfer, in the layout that the other side wants. Back again:
+    ``copy_blocks(target, source, torch.stack([torch.arange(n), block_ids], 1))``.
+
+    Args:
+        source: As in :func:`copy_blocks`.
+        block_ids: ``[n]`` int64 or int32, any stride, on the same device. A negative id is skipped: that
+            block of ``target`` stays as it is.
+        target: As in :func:`copy_blocks`, of ``n`` blocks or more.
+        backend: As in :func:`copy_blocks`.
+
+    Raises:
+        InvalidInputError, UnsupportedError: As in :func:`copy_blocks`.
+
+    Notes:
+        See :func:`copy_blocks`.
+    """
+    if ops.is_traced(source):
+        torch.ops.anystride.gather_blocks(source, block_ids, target, backend)
+    else:
+        store_plan.copy_blocks("gather_blocks", source, target, block_ids, 1, backend)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -188,6 +189,30 @@ def _start(launch: Ready, stream: int, sources: tuple[Any, ...]) -> None:
 def _alone(device: torch.device) -> bool:
     """Whether there is no other device that could be the current one."""
     return device.type == "cpu" or torch.get_device_module(device).device_count() == 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A single launch, complete but for the addresses.
+
+    Attributes:
+        launch: The launch.
+        ready: The same, once the first call has compiled it.
+    """
+
+    launch: Launch
+    ready: list[Ready] = field(default_factory=list, compare=False)
+
+
+def run_prepared(prepared: Prepared, device: torch.device, tensors: Mapping[str, Any]) -> None:
+    """Start a single launch on the device's current stream; ``tensors`` by the names of its pointers."""
+    if not is_current(device):
+        with current(device):
+            return run_prepared(prepared, device, tensors)
+    if prepared.ready:
+        return run_again(prepared.ready, current_stream(device), tuple(tensors.values()))
+    prepared.ready[:] = first_run([prepared.launch], tensors)  # two threads may come here at once
+    return None
 
 
 def is_current(device: torch.device) -> bool:

@@ -127,11 +127,34 @@ def _store_mla(
     store_plan.store_mla(kv_c, k_pe, kv_cache, rope_cache, slot_mapping, one, backend)
 
 
+_library.define(
+    "copy_blocks(Tensor source, Tensor(a!) target, Tensor block_mapping, str? backend) -> ()",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "gather_blocks(Tensor source, Tensor block_ids, Tensor(a!) target, str? backend) -> ()",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+def _copy_blocks(source: Any, target: Any, block_mapping: Any, backend: str | None) -> None:
+    store_plan.copy_blocks("copy_blocks", source, target, block_mapping, 2, backend)
+
+
+def _gather_blocks(source: Any, block_ids: Any, target: Any, backend: str | None) -> None:
+    store_plan.copy_blocks("gather_blocks", source, target, block_ids, 1, backend)
+
+
 def _store_fake(*args: object) -> None:
     """The operators return nothing."""
 
 
-for _name, _function in (("store_kv", _store_kv), ("store_mla", _store_mla)):
+for _name, _function in (
+    ("store_kv", _store_kv),
+    ("store_mla", _store_mla),
+    ("copy_blocks", _copy_blocks),
+    ("gather_blocks", _gather_blocks),
+):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"anystride::{_name}", _store_fake, lib=_library)
 

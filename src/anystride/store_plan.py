@@ -10,17 +10,25 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from anystride import blocks
 from anystride.errors import Fault, InvalidInputError, UnsupportedError
 from anystride.problem import FP8_DTYPES
-from anystride.store import Argument, StoreCall, StoreProblem, check, describe, half_of, make_problem
+from anystride.store import Argument, StoreCall, check, describe, half_of, make_problem
 
-__all__ = ["store_kv", "store_mla"]
+__all__ = ["copy_blocks", "store_kv", "store_mla"]
 
 NAMES = ("triton", "cpu")
 
 
-def choose(operation: str, problem: StoreProblem, wanted: str | None) -> Any:
+def choose(operation: str, kind: str, problem: Any, told: str, wanted: str | None) -> Any:
     """The module that runs a call: the first that can, or the one that was asked for.
+
+    Args:
+        operation: For messages.
+        kind: What it does, the end of the modules' names.
+        problem: The facts of the call.
+        told: The same in a line, for messages.
+        wanted: The back end that was asked for.
 
     Raises:
         InvalidInputError: There is no such back end.
@@ -34,7 +42,7 @@ def choose(operation: str, problem: StoreProblem, wanted: str | None) -> Any:
     refused: dict[str, list[str]] = {}
     for name in (wanted,) if wanted else NAMES:
         try:
-            module = import_module(f"anystride.backends.{name}_store")
+            module = import_module(f"anystride.backends.{name}_{kind}")
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] != "triton":
                 raise
@@ -44,28 +52,38 @@ def choose(operation: str, problem: StoreProblem, wanted: str | None) -> Any:
         if not reasons:
             return module
         refused[name] = reasons
-    p = problem
-    cache = f"[{p.num_pages}, {p.blocks_per_page}, {p.block_size}, {p.first.heads}, {p.first.d}]"
-    raise UnsupportedError(
-        f"{operation}: no back end can run this call."
-        if wanted is None
-        else f"{operation}: backend {wanted!r} was asked for and refuses; nothing else was tried.",
-        f"{p.num_tokens} rows {p.first.dtype} into {p.first.cache_dtype} {cache} on {p.device}",
-        refused,
-        "",
-    )
+    first = f"{operation}: no back end can run this call."
+    if wanted is not None:
+        first = f"{operation}: backend {wanted!r} was asked for and refuses; nothing else was tried."
+    raise UnsupportedError(first, told, refused, "")
 
 
 class StorePlan(NamedTuple):
     """Who runs a call and how."""
 
-    problem: StoreProblem
+    problem: Any
     backend: Any
     config: Any
 
 
 _PLANS: dict[tuple[Any, ...], StorePlan] = {}
 _MOST_PLANS = 16384
+
+
+def remembered(key: tuple[Any, ...]) -> StorePlan | None:
+    """The plan of a call of these facts, if there is one."""
+    try:
+        return _PLANS.get(key)
+    except TypeError:  # no tensors at all: the checks will say so
+        return None
+
+
+def remember(key: tuple[Any, ...], plan: StorePlan) -> StorePlan:
+    """Keep a plan."""
+    if len(_PLANS) >= _MOST_PLANS:
+        _PLANS.clear()
+    _PLANS[key] = plan
+    return plan
 
 
 def _facts(x: Any) -> Any:
@@ -75,26 +93,33 @@ def _facts(x: Any) -> Any:
 def execute(
     operation: str, slot_mapping: Any, arguments: tuple[Argument, Argument], wanted: str | None
 ) -> None:
-    """Check a call, or find it checked, and run it."""
-    key: tuple[Any, ...] | None
+    """Check a call that stores rows, or find it checked, and run it."""
     key = (operation, wanted, _facts(slot_mapping), *(tuple(map(_facts, a[3:])) for a in arguments))
-    try:
-        plan = _PLANS.get(key)
-    except TypeError:  # no tensors at all: the checks will say so
-        key, plan = None, None
+    plan = remembered(key)
     if plan is None:
-        call = check(operation, slot_mapping, arguments)
-        problem = make_problem(call)
-        backend = choose(operation, problem, wanted)
-        plan = StorePlan(problem, backend, backend.choose_config(problem))
-        if len(_PLANS) >= _MOST_PLANS:
-            _PLANS.clear()
-        if key is not None:
-            _PLANS[key] = plan
-    else:
-        call = StoreCall(slot_mapping, half_of(arguments[0]), half_of(arguments[1]))
+        p = make_problem(check(operation, slot_mapping, arguments))
+        cache = f"[{p.num_pages}, {p.blocks_per_page}, {p.block_size}, {p.first.heads}, {p.first.d}]"
+        told = f"{p.num_tokens} rows {p.first.dtype} into {p.first.cache_dtype} {cache} on {p.device}"
+        backend = choose(operation, "store", p, told, wanted)
+        plan = remember(key, StorePlan(p, backend, backend.choose_config(p)))
     if plan.problem.num_tokens:
+        call = StoreCall(slot_mapping, half_of(arguments[0]), half_of(arguments[1]))
         plan.backend.run(plan.problem, plan.config, call)
+
+
+def copy_blocks(operation: str, source: Any, target: Any, ids: Any, columns: int, wanted: str | None) -> None:
+    """Check a call that copies blocks, or find it checked, and run it; see ``blocks.check``."""
+    key = (operation, wanted, columns, _facts(source), _facts(target), _facts(ids))
+    plan = remembered(key)
+    if plan is None:
+        blocks.check(operation, source, target, ids, columns)
+        p = blocks.make_problem(blocks.canonical(source, target, ids, columns))
+        told = f"{p.count} blocks of [{p.block_size}, {p.heads}, {p.d}] {source.dtype} on {p.device}"
+        backend = choose(operation, "blocks", p, told, wanted)
+        plan = remember(key, StorePlan(p, backend, backend.choose_config(p)))
+    p = plan.problem
+    if p.count and p.block_size * p.heads * p.d:
+        plan.backend.run(p, plan.config, blocks.canonical(source, target, ids, columns))
 
 
 def store_kv(

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from anystride.kernels.store import store_kernel
-from anystride.launch import (
-    Launch,
-    Pointer,
-    Ready,
-    current,
-    current_stream,
-    device_refusals,
-    first_run,
-    is_current,
-    run_again,
-)
+from anystride.launch import Launch, Pointer, Prepared, device_refusals, run_prepared
 from anystride.problem import bucket
 from anystride.store import Half, HalfFacts, StoreCall, StoreProblem
 from anystride.work import vector
@@ -27,19 +15,6 @@ from anystride.work import vector
 FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 TILE = 4096  # elements of a program
 MOST_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Config:
-    """How the kernel is launched.
-
-    Attributes:
-        launch: The launch, complete but for the addresses.
-        ready: The same, once the first call has compiled it.
-    """
-
-    launch: Launch
-    ready: list[Ready] = field(default_factory=list, compare=False)
 
 
 def refusals(problem: StoreProblem) -> list[str]:
@@ -67,7 +42,7 @@ def constants(half: HalfFacts) -> dict[str, Any]:
     }
 
 
-def choose_config(problem: StoreProblem) -> Config:
+def choose_config(problem: StoreProblem) -> Prepared:
     """The launch for the problem."""
     p = problem
     halves = {"A": (p.first, constants(p.first)), "B": (p.second, constants(p.second))}
@@ -80,7 +55,7 @@ def choose_config(problem: StoreProblem) -> Config:
             half.number,
             Pointer(f"{name}_scale") if pointed else None, *half.scale_strides,
         ]  # fmt: skip
-    return Config(
+    return Prepared(
         Launch(
             store_kernel,
             (tiles, 2, 1),
@@ -96,15 +71,8 @@ def _pointed(half: Half) -> tuple[Any, ...]:
     return half.rows, cache, half.written if half.written is not None else half.scale
 
 
-def run(problem: StoreProblem, config: Config, call: StoreCall) -> None:
+def run(problem: StoreProblem, config: Prepared, call: StoreCall) -> None:
     """Launch the kernel on the device's current stream."""
-    device = problem.device
-    if not is_current(device):
-        with current(device):
-            return run(problem, config, call)
     names = ("slots", "A_rows", "A_cache", "A_scale", "B_rows", "B_cache", "B_scale")
-    tensors: tuple[Tensor | Any, ...] = (call.slot_mapping, *_pointed(call.first), *_pointed(call.second))
-    if config.ready:
-        return run_again(config.ready, current_stream(device), tensors)
-    config.ready[:] = first_run([config.launch], dict(zip(names, tensors, strict=True)))
-    return None
+    tensors = (call.slot_mapping, *_pointed(call.first), *_pointed(call.second))
+    run_prepared(config, problem.device, dict(zip(names, tensors, strict=True)))
