@@ -415,6 +415,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "other-blocks": ({"v_cache": torch.zeros(6, 4, 2, 8)}, "must have the same blocks"),
     "scale-of-halves": ({"k_scale": torch.ones(2, dtype=torch.float16)}, "k_scale must be float32"),
     "scale-of-other-heads": ({"v_scale": torch.ones(3)}, "one number, one for each head"),
+    "scale-of-zero": ({"k_scale": 0.0}, "k_scale must be positive and finite"),
     "scale-as-text": ({"v_scale": "1"}, "v_scale must be a number or a tensor"),
     "scales-of-other-blocks": ({"k_scale": torch.ones(5, 3, 2)}, "a place for each row of k_cache"),
     "scales-of-no-fp8": ({"k_scale": torch.ones(5, 4, 2)}, "for an fp8 cache only"),

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anystride.errors import Fault, InvalidInputError
-from anystride.problem import FP8_DTYPES, Q_DTYPES, alignment, used_strides
-from anystride.store import describe, five_dims, shares_memory
+from anystride.errors import InvalidInputError
+from anystride.problem import FP8_DTYPES, Q_DTYPES, Faults, alignment, describe, used_strides
+from anystride.store import five_dims, shares_memory
 
 __all__ = ["BlocksCall", "BlocksProblem", "check", "make_problem"]
 
@@ -56,12 +56,8 @@ def check(operation: str, source: Any, target: Any, ids: Any, columns: int) -> N
     Raises:
         InvalidInputError: With every fault that was found.
     """
-    faults: list[Fault] = []
-
-    def need(holds: bool, what: str, got: str, needs: str = "", do: str = "") -> None:
-        if not holds:
-            faults.append(Fault(what, got, needs, do))
-
+    faults = Faults()
+    need = faults.need
     ids_name = "block_ids" if columns == 1 else "block_mapping"
     for name, tensor in (("source", source), ("target", target), (ids_name, ids)):
         need(isinstance(tensor, Tensor), f"{name} must be a tensor.", describe(tensor), "torch.Tensor")

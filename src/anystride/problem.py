@@ -225,13 +225,19 @@ def _same_row(k: torch.Tensor, v: torch.Tensor, offset: int) -> bool:
     return all(s > span or s < step for s in outer)
 
 
-def _facts(tensor: torch.Tensor) -> str:
+def describe(tensor: object) -> str:
+    """A tensor, or what stands in its place, in a message."""
+    if not isinstance(tensor, torch.Tensor):
+        return f"{type(tensor).__name__} {tensor!r}"
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype} {list(tensor.shape)} strides {tuple(tensor.stride())} on {tensor.device}"
 
 
-class _Faults(list[Fault]):
+class Faults(list[Fault]):
+    """What is wrong with a call, in the order in which it was found."""
+
     def need(self, holds: bool, what: str, got: str, needs: str = "", do: str = "") -> bool:
+        """Note a fault unless something holds; returns whether it does."""
         if not holds:
             self.append(Fault(what, got, needs, do))
         return holds
@@ -251,7 +257,7 @@ def make_problem(call: Call, numbers: Numbers) -> Problem:
     Raises:
         InvalidInputError: With every fault that was found.
     """
-    faults = _Faults()
+    faults = Faults()
     _check_tensors(call, faults)
     if faults:
         raise InvalidInputError(OPERATION, faults)
@@ -363,7 +369,7 @@ def _expand_descale(
     return descale.reshape(()).expand(heads) if descale.numel() == 1 else descale
 
 
-def _check_tensors(call: Call, faults: _Faults) -> None:
+def _check_tensors(call: Call, faults: Faults) -> None:
     """Kinds, number of dimensions, dtypes and devices: what the later checks rely on."""
     for name, tensor in call._asdict().items():
         if tensor is None and name not in ("q", "k", "v", "cu_seqlens_q"):
@@ -385,7 +391,7 @@ def _check_tensors(call: Call, faults: _Faults) -> None:
         faults.need(
             tensor.device == device,
             f"{name} must be on the device of q.",
-            f"{_facts(tensor)}",
+            f"{describe(tensor)}",
             f"{device}",
             f"{name} = {name}.to(q.device)" if name not in ("k", "v", "out") else "",
         )
@@ -413,7 +419,7 @@ def _check_tensors(call: Call, faults: _Faults) -> None:
             faults.need(
                 tensor.dim() in allowed,
                 f"{name} must have {words} dimensions.",
-                _facts(tensor),
+                describe(tensor),
                 shapes.get(name, f"{words} dimensions"),
             )
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "cp_tot_seqused_k", "block_table"):
@@ -422,14 +428,14 @@ def _check_tensors(call: Call, faults: _Faults) -> None:
             faults.need(
                 tensor.dtype == torch.int32,
                 f"{name} must be int32.",
-                _facts(tensor),
+                describe(tensor),
                 "int32",
                 f"{name} = {name}.to(torch.int32)",
             )
     faults.need(
         call.q.dtype in Q_DTYPES,
         "q must be float16, bfloat16 or float32.",
-        _facts(call.q),
+        describe(call.q),
         "float16, bfloat16 or float32",
         "q = q.to(torch.bfloat16)",
     )
@@ -438,7 +444,7 @@ def _check_tensors(call: Call, faults: _Faults) -> None:
         faults.need(
             tensor.dtype in (call.q.dtype, *FP8_DTYPES),
             f"{name} must have the dtype of q, or be an fp8 cache.",
-            _facts(tensor),
+            describe(tensor),
             f"{str(call.q.dtype).removeprefix('torch.')}, float8_e4m3fn or float8_e5m2",
         )
     for name in ("q_v", "out"):
@@ -447,7 +453,7 @@ def _check_tensors(call: Call, faults: _Faults) -> None:
             faults.need(
                 tensor.dtype == call.q.dtype,
                 f"{name} must have the dtype of q.",
-                _facts(tensor),
+                describe(tensor),
                 str(call.q.dtype).removeprefix("torch."),
             )
     for name in ("alibi_slopes", "s_aux", "q_descale", "k_descale", "v_descale"):
@@ -457,13 +463,13 @@ def _check_tensors(call: Call, faults: _Faults) -> None:
             faults.need(
                 tensor.dtype in dtypes,
                 f"{name} must be {'float32' if 'descale' in name else 'a floating-point tensor'}.",
-                _facts(tensor),
+                describe(tensor),
                 "float32",
                 f"{name} = {name}.float()",
             )
 
 
-def _check_shapes(call: Call, faults: _Faults) -> None:
+def _check_shapes(call: Call, faults: Faults) -> None:
     q, k, v = call.q, call.k, call.v
     num_q_heads, num_kv_heads, d_qk, d_v = q.shape[1], k.shape[-2], q.shape[2], v.shape[-1]
     faults.need(
@@ -493,7 +499,7 @@ def _check_shapes(call: Call, faults: _Faults) -> None:
         faults.need(
             list(call.q_v.shape) == wanted,
             "q_v must be [total_q, num_q_heads, d_v].",
-            _facts(call.q_v),
+            describe(call.q_v),
             f"{wanted}",
         )
     if call.out is not None:
@@ -501,7 +507,7 @@ def _check_shapes(call: Call, faults: _Faults) -> None:
         ok = faults.need(
             list(call.out.shape) == wanted,
             "out must be [total_q, num_q_heads, d_v].",
-            _facts(call.out),
+            describe(call.out),
             f"{wanted}",
             f"out = torch.empty({wanted}, dtype=q.dtype, device=q.device)",
         )
@@ -509,24 +515,24 @@ def _check_shapes(call: Call, faults: _Faults) -> None:
             faults.need(
                 all(s != 0 for n, s in zip(call.out.shape, call.out.stride(), strict=True) if n > 1),
                 "out must not be expanded: each of its elements is written once.",
-                _facts(call.out),
+                describe(call.out),
                 "no stride of 0 on a dimension of size above 1",
             )
             faults.need(
                 not _overlaps_itself(call.out),
                 "out must not overlap itself: each of its elements is written once.",
-                _facts(call.out),
+                describe(call.out),
                 "strides that give each element an address of its own",
             )
     batch = call.cu_seqlens_q.shape[0] - 1
     faults.need(
-        batch >= 0, "cu_seqlens_q must have batch + 1 entries.", _facts(call.cu_seqlens_q), "[batch + 1]"
+        batch >= 0, "cu_seqlens_q must have batch + 1 entries.", describe(call.cu_seqlens_q), "[batch + 1]"
     )
     if call.block_table is not None:
         faults.need(
             call.cu_seqlens_k is None,
             "cu_seqlens_k and block_table exclude each other.",
-            f"block_table {_facts(call.block_table)}",
+            f"block_table {describe(call.block_table)}",
             "seqused_k for a paged cache, cu_seqlens_k without a block_table",
             "cu_seqlens_k=None, seqused_k=cu_seqlens_k.diff()",
         )
@@ -539,7 +545,7 @@ def _check_shapes(call: Call, faults: _Faults) -> None:
         faults.need(
             call.block_table.shape[0] == batch,
             "block_table must have a row for each sequence.",
-            _facts(call.block_table),
+            describe(call.block_table),
             f"[{batch}, max_blocks]     (batch = cu_seqlens_q.shape[0] - 1 = {batch})",
         )
         faults.need(k.shape[-3] > 0, "block_size must be at least 1 token.", f"k {list(k.shape)}")
@@ -560,25 +566,25 @@ def _check_shapes(call: Call, faults: _Faults) -> None:
             faults.need(
                 tensor.shape[0] == wanted_len,
                 f"{name} must have {'batch + 1' if wanted_len > batch else 'batch'} entries.",
-                _facts(tensor),
+                describe(tensor),
                 f"[{wanted_len}]     (batch = cu_seqlens_q.shape[0] - 1 = {batch})",
             )
 
 
-def _check_extras(call: Call, numbers: Numbers, faults: _Faults) -> None:
+def _check_extras(call: Call, numbers: Numbers, faults: Faults) -> None:
     batch = call.cu_seqlens_q.shape[0] - 1
     num_q_heads, num_kv_heads = call.q.shape[1], call.k.shape[-2]
     if call.s_aux is not None:
         faults.need(
             call.s_aux.shape[0] == num_q_heads,
             "s_aux must have one logit for each query head.",
-            _facts(call.s_aux),
+            describe(call.s_aux),
             f"[{num_q_heads}]",
         )
         faults.need(
             numbers.cp_world_size == 1,
             "s_aux cannot be split over ranks: a sink belongs to the merged row.",
-            f"s_aux {_facts(call.s_aux)}, cp_world_size = {numbers.cp_world_size}",
+            f"s_aux {describe(call.s_aux)}, cp_world_size = {numbers.cp_world_size}",
             "s_aux = None in each rank's call",
             "out, lse = anystride.merge.merge(outs, lses, s_aux=s_aux)",
         )
@@ -586,7 +592,7 @@ def _check_extras(call: Call, numbers: Numbers, faults: _Faults) -> None:
         faults.need(
             list(call.alibi_slopes.shape) in ([num_q_heads], [batch, num_q_heads]),
             "alibi_slopes must be [num_q_heads] or [batch, num_q_heads].",
-            _facts(call.alibi_slopes),
+            describe(call.alibi_slopes),
             f"[{num_q_heads}] or [{batch}, {num_q_heads}]",
         )
     for name in ("q_descale", "k_descale", "v_descale"):
@@ -595,7 +601,7 @@ def _check_extras(call: Call, numbers: Numbers, faults: _Faults) -> None:
             faults.need(
                 descale.numel() == 1 or list(descale.shape) == [batch, num_kv_heads],
                 f"{name} must be a scalar or [batch, num_kv_heads].",
-                _facts(descale),
+                describe(descale),
                 f"[] or [{batch}, {num_kv_heads}]",
                 f"{name} = {name}.expand({batch}, {num_kv_heads})",
             )
@@ -604,13 +610,13 @@ def _check_extras(call: Call, numbers: Numbers, faults: _Faults) -> None:
         faults.need(
             metadata.dtype == torch.int32 and metadata.stride(0) == 1 and metadata.shape[0] >= 16,
             "scheduler_metadata must come from get_scheduler_metadata.",
-            _facts(metadata),
+            describe(metadata),
             "int32 [8 * (num_parts + 1)], stride 1",
             "scheduler_metadata = anystride.get_scheduler_metadata(...)",
         )
 
 
-def _check_numbers(call: Call, numbers: Numbers, faults: _Faults) -> None:
+def _check_numbers(call: Call, numbers: Numbers, faults: Faults) -> None:
     window = numbers.window
     faults.need(
         len(window) == 2 and min(window) >= -1,

@@ -7,14 +7,15 @@ values, so it never synchronises.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anystride.errors import Fault, InvalidInputError
-from anystride.problem import FP8_DTYPES, Q_DTYPES, alignment, used_strides
+from anystride.errors import InvalidInputError
+from anystride.problem import FP8_DTYPES, Q_DTYPES, Faults, alignment, describe, used_strides
 
 __all__ = ["Argument", "Half", "HalfFacts", "StoreCall", "StoreProblem", "check", "make_problem"]
 
@@ -100,66 +101,48 @@ def shares_memory(tensor: Tensor) -> bool:
     return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def describe(tensor: Any) -> str:
-    """A tensor in a message."""
-    if not isinstance(tensor, Tensor):
-        return f"{type(tensor).__name__} {tensor!r}"
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return f"{dtype} {list(tensor.shape)} strides {tuple(tensor.stride())} on {tensor.device}"
-
-
 def check(operation: str, slot_mapping: Any, arguments: tuple[Argument, Argument]) -> StoreCall:
     """Check a call and bring it into one form.
 
     Raises:
         InvalidInputError: With every fault that was found.
     """
-    faults: list[Fault] = []
+    faults = Faults()
     for name, tensor in (
         ("slot_mapping", slot_mapping),
         *((a.name, a.rows) for a in arguments),
         *((a.cache_name, a.cache) for a in arguments),
     ):
-        if not isinstance(tensor, Tensor):
-            faults.append(Fault(f"{name} must be a tensor.", describe(tensor), "torch.Tensor"))
+        faults.need(isinstance(tensor, Tensor), f"{name} must be a tensor.", describe(tensor), "torch.Tensor")
     if faults:
         raise InvalidInputError(operation, faults)
     device = slot_mapping.device
-    if slot_mapping.dim() != 1 or slot_mapping.dtype not in (torch.int32, torch.int64):
-        faults.append(
-            Fault(
-                "slot_mapping must be int32 or int64 of shape [num_tokens].",
-                describe(slot_mapping),
-                "int64 [num_tokens]",
-                "slot_mapping = slot_mapping.flatten().to(torch.int64)",
-            )
-        )
+    faults.need(
+        slot_mapping.dim() == 1 and slot_mapping.dtype in (torch.int32, torch.int64),
+        "slot_mapping must be int32 or int64 of shape [num_tokens].",
+        describe(slot_mapping),
+        "int64 [num_tokens]",
+        "slot_mapping = slot_mapping.flatten().to(torch.int64)",
+    )
     for argument in arguments:
         _check_half(argument, slot_mapping, device, faults)
     if not faults:
         shapes = [a.cache.shape[:-2] for a in arguments]
-        if shapes[0] != shapes[1]:
-            names = " and ".join(a.cache_name for a in arguments)
-            faults.append(
-                Fault(
-                    f"{names} must have the same blocks.",
-                    " and ".join(str(list(s)) for s in shapes),
-                    "the same number of blocks (and pages), and the same block_size",
-                )
-            )
+        faults.need(
+            shapes[0] == shapes[1],
+            f"{' and '.join(a.cache_name for a in arguments)} must have the same blocks.",
+            " and ".join(str(list(s)) for s in shapes),
+            "the same number of blocks (and pages), and the same block_size",
+        )
     if faults:
         raise InvalidInputError(operation, faults)
     first, second = (half_of(a) for a in arguments)
     return StoreCall(slot_mapping, first, second)
 
 
-def _check_half(a: Argument, slots: Tensor, device: torch.device, faults: list[Fault]) -> None:
+def _check_half(a: Argument, slots: Tensor, device: torch.device, faults: Faults) -> None:
     """What is wrong with one half."""
-
-    def need(holds: bool, what: str, got: str, needs: str = "", do: str = "") -> None:
-        if not holds:
-            faults.append(Fault(what, got, needs, do))
-
+    need = faults.need
     rows, cache, scale = a.rows, a.cache, a.scale
     for name, tensor in ((a.name, rows), (a.cache_name, cache), (a.scale_name, scale)):
         if isinstance(tensor, Tensor):
@@ -199,7 +182,10 @@ def _check_half(a: Argument, slots: Tensor, device: torch.device, faults: list[F
             describe(cache),
             "no dimension with a stride of 0",
         )
-    if scale is None or isinstance(scale, float | int):
+    if scale is None:
+        return
+    if isinstance(scale, float | int):
+        need(0 < scale < math.inf, f"{a.scale_name} must be positive and finite.", describe(scale))
         return
     if not isinstance(scale, Tensor):
         need(False, f"{a.scale_name} must be a number or a tensor.", describe(scale))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from anystride import blocks
 from anystride.errors import Fault, InvalidInputError, UnsupportedError
-from anystride.problem import FP8_DTYPES
-from anystride.store import Argument, StoreCall, check, describe, half_of, make_problem
+from anystride.problem import FP8_DTYPES, describe
+from anystride.store import Argument, StoreCall, check, half_of, make_problem
 
 __all__ = ["copy_blocks", "store_kv", "store_mla"]
 
