@@ -366,7 +366,7 @@ CLEAN = (
 TRITON = int(triton.__version__.split(".")[1])
 ALLOWED = {
     6: {"gqa-alone": 2},
-    9: {"speculative": 4, "h128-features": 6, "gqa-d256-64-rows": 20},
+    9: {"speculative": 4, "h20-alone": 4, "h128-features": 6, "gqa-d256-64-rows": 20},
 }.get(TRITON, {})
 
 
