@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from anystride.errors import InvalidInputError
-from anystride.problem import FP8_DTYPES, Q_DTYPES, Faults, alignment, describe, used_strides
-from anystride.store import five_dims, shares_memory
+from anystride.problem import (
+    BITS,
+    FP8_DTYPES,
+    Q_DTYPES,
+    Faults,
+    alignment,
+    in_words,
+    shares_memory,
+    used_strides,
+)
+from anystride.store import five_dims
 
 __all__ = ["BlocksCall", "BlocksProblem", "check", "make_problem"]
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # blocks are moved bit by bit
 
 
 class BlocksCall(NamedTuple):
@@ -60,7 +67,7 @@ def check(operation: str, source: Any, target: Any, ids: Any, columns: int) -> N
     need = faults.need
     ids_name = "block_ids" if columns == 1 else "block_mapping"
     for name, tensor in (("source", source), ("target", target), (ids_name, ids)):
-        need(isinstance(tensor, Tensor), f"{name} must be a tensor.", describe(tensor), "torch.Tensor")
+        need(isinstance(tensor, Tensor), f"{name} must be a tensor.", in_words(tensor), "torch.Tensor")
     if faults:
         raise InvalidInputError(operation, faults)
     shape = "[n]" if columns == 1 else f"[n, {columns}]"
@@ -68,22 +75,22 @@ def check(operation: str, source: Any, target: Any, ids: Any, columns: int) -> N
     need(
         fits and ids.dtype in (torch.int32, torch.int64),
         f"{ids_name} must be int32 or int64 of shape {shape}.",
-        describe(ids),
+        in_words(ids),
         f"int64 {shape}",
     )
     for name, cache in (("source", source), ("target", target)):
         need(
             cache.dim() in (4, 5) and cache.dtype in (*Q_DTYPES, *FP8_DTYPES),
             f"{name} must be a paged cache of floating-point numbers.",
-            describe(cache),
+            in_words(cache),
             "[num_blocks, block_size, num_kv_heads, d] or "
             "[num_pages, blocks_per_page, block_size, num_kv_heads, d], 8, 16 or 32 bits",
         )
-        need(cache.device == ids.device, f"{name} must be on the device of {ids_name}.", describe(cache))
+        need(cache.device == ids.device, f"{name} must be on the device of {ids_name}.", in_words(cache))
     need(
         not shares_memory(target),
         "target gives several rows the same memory: it can only be read.",
-        describe(target),
+        in_words(target),
         "no dimension with a stride of 0",
     )
     need(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anystride import memory
 from anystride.errors import Fault, InvalidInputError, UnsupportedError
-from anystride.problem import OPERATION, Call, Numbers, Problem, make_problem
+from anystride.problem import FP8_NAMES, OPERATION, Call, Numbers, Problem, make_problem
 
 __all__ = ["Plan", "execute", "find_plan", "make_plan"]
 
@@ -61,6 +61,18 @@ def backend_named(name: str) -> Any:
         return None
 
 
+def not_installed(name: str) -> str:
+    """Why a back end that :func:`backend_named` does not find runs nothing."""
+    return f"{name} is not installed; needs the package triton (pip install triton)"
+
+
+def check_wanted(operation: str, wanted: str | None, names: tuple[str, ...]) -> None:
+    """Raise InvalidInputError if a back end was asked for that is none."""
+    if wanted is not None and wanted not in names:
+        fault = Fault("backend names no back end.", f"backend = {wanted!r}", f"one of {names} or None")
+        raise InvalidInputError(operation, [fault])
+
+
 @dataclass(frozen=True)
 class Plan:
     """A problem, who runs it and how.
@@ -85,7 +97,7 @@ def describe(problem: Problem) -> str:
     """One line for messages: the shapes, strides, dtypes and device that decide."""
     p = problem
     short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-    names = short | {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+    names = short | FP8_NAMES
     cache = f"[{p.num_pages}, {p.blocks_per_page}, {p.block_size}, {p.num_kv_heads}, " if p.paged else "["
     if not p.paged:
         cache = f"[{p.num_pages}, {p.num_kv_heads}, "
@@ -100,7 +112,7 @@ def refusals_of(name: str, problem: Problem) -> list[str]:
     """Why the named back end cannot run the problem; empty if it can."""
     backend = backend_named(name)
     if backend is None:
-        return [f"{name} is not installed; needs the package triton (pip install triton)"]
+        return [not_installed(name)]
     reasons: list[str] = backend.refusals(problem)
     return reasons
 
@@ -117,11 +129,7 @@ def make_plan(problem: Problem, wanted: str | None) -> Plan:
         UnsupportedError: The back end asked for, or every one, refuses.
     """
     wanted = wanted or default_backend()
-    if wanted is not None and wanted not in NAMES:
-        raise InvalidInputError(
-            OPERATION,
-            [Fault("backend names no back end.", f"backend = {wanted!r}", f"one of {NAMES} or None")],
-        )
+    check_wanted(OPERATION, wanted, NAMES)
     refused: dict[str, list[str]] = {}
     for name in (wanted,) if wanted else AUTOMATIC:
         reasons = refusals_of(name, problem)

@@ -18,7 +18,9 @@ __all__ = ["Call", "Problem", "Relation", "find_relation"]
 OPERATION = "flash_attn_varlen_func"
 
 Q_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+FP8_DTYPES = tuple(FP8_NAMES)
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # integers of the same width, by bytes of an element
 
 MAX_HEAD_DIM = 576  # widest row that the contract names: 512 latent + 64 rope
 
@@ -225,7 +227,12 @@ def _same_row(k: torch.Tensor, v: torch.Tensor, offset: int) -> bool:
     return all(s > span or s < step for s in outer)
 
 
-def describe(tensor: object) -> str:
+def shares_memory(tensor: torch.Tensor) -> bool:
+    """Whether several of its elements are plainly the same: a dimension that was expanded."""
+    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def in_words(tensor: object) -> str:
     """A tensor, or what stands in its place, in a message."""
     if not isinstance(tensor, torch.Tensor):
         return f"{type(tensor).__name__} {tensor!r}"
@@ -391,7 +398,7 @@ def _check_tensors(call: Call, faults: Faults) -> None:
         faults.need(
             tensor.device == device,
             f"{name} must be on the device of q.",
-            f"{describe(tensor)}",
+            f"{in_words(tensor)}",
             f"{device}",
             f"{name} = {name}.to(q.device)" if name not in ("k", "v", "out") else "",
         )
@@ -419,7 +426,7 @@ def _check_tensors(call: Call, faults: Faults) -> None:
             faults.need(
                 tensor.dim() in allowed,
                 f"{name} must have {words} dimensions.",
-                describe(tensor),
+                in_words(tensor),
                 shapes.get(name, f"{words} dimensions"),
             )
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "cp_tot_seqused_k", "block_table"):
@@ -428,14 +435,14 @@ def _check_tensors(call: Call, faults: Faults) -> None:
             faults.need(
                 tensor.dtype == torch.int32,
                 f"{name} must be int32.",
-                describe(tensor),
+                in_words(tensor),
                 "int32",
                 f"{name} = {name}.to(torch.int32)",
             )
     faults.need(
         call.q.dtype in Q_DTYPES,
         "q must be float16, bfloat16 or float32.",
-        describe(call.q),
+        in_words(call.q),
         "float16, bfloat16 or float32",
         "q = q.to(torch.bfloat16)",
     )
@@ -444,7 +451,7 @@ def _check_tensors(call: Call, faults: Faults) -> None:
         faults.need(
             tensor.dtype in (call.q.dtype, *FP8_DTYPES),
             f"{name} must have the dtype of q, or be an fp8 cache.",
-            describe(tensor),
+            in_words(tensor),
             f"{str(call.q.dtype).removeprefix('torch.')}, float8_e4m3fn or float8_e5m2",
         )
     for name in ("q_v", "out"):
@@ -453,7 +460,7 @@ def _check_tensors(call: Call, faults: Faults) -> None:
             faults.need(
                 tensor.dtype == call.q.dtype,
                 f"{name} must have the dtype of q.",
-                describe(tensor),
+                in_words(tensor),
                 str(call.q.dtype).removeprefix("torch."),
             )
     for name in ("alibi_slopes", "s_aux", "q_descale", "k_descale", "v_descale"):
@@ -463,7 +470,7 @@ def _check_tensors(call: Call, faults: Faults) -> None:
             faults.need(
                 tensor.dtype in dtypes,
                 f"{name} must be {'float32' if 'descale' in name else 'a floating-point tensor'}.",
-                describe(tensor),
+                in_words(tensor),
                 "float32",
                 f"{name} = {name}.float()",
             )
@@ -499,7 +506,7 @@ def _check_shapes(call: Call, faults: Faults) -> None:
         faults.need(
             list(call.q_v.shape) == wanted,
             "q_v must be [total_q, num_q_heads, d_v].",
-            describe(call.q_v),
+            in_words(call.q_v),
             f"{wanted}",
         )
     if call.out is not None:
@@ -507,32 +514,32 @@ def _check_shapes(call: Call, faults: Faults) -> None:
         ok = faults.need(
             list(call.out.shape) == wanted,
             "out must be [total_q, num_q_heads, d_v].",
-            describe(call.out),
+            in_words(call.out),
             f"{wanted}",
             f"out = torch.empty({wanted}, dtype=q.dtype, device=q.device)",
         )
         if ok:
             faults.need(
-                all(s != 0 for n, s in zip(call.out.shape, call.out.stride(), strict=True) if n > 1),
+                not shares_memory(call.out),
                 "out must not be expanded: each of its elements is written once.",
-                describe(call.out),
+                in_words(call.out),
                 "no stride of 0 on a dimension of size above 1",
             )
             faults.need(
                 not _overlaps_itself(call.out),
                 "out must not overlap itself: each of its elements is written once.",
-                describe(call.out),
+                in_words(call.out),
                 "strides that give each element an address of its own",
             )
     batch = call.cu_seqlens_q.shape[0] - 1
     faults.need(
-        batch >= 0, "cu_seqlens_q must have batch + 1 entries.", describe(call.cu_seqlens_q), "[batch + 1]"
+        batch >= 0, "cu_seqlens_q must have batch + 1 entries.", in_words(call.cu_seqlens_q), "[batch + 1]"
     )
     if call.block_table is not None:
         faults.need(
             call.cu_seqlens_k is None,
             "cu_seqlens_k and block_table exclude each other.",
-            f"block_table {describe(call.block_table)}",
+            f"block_table {in_words(call.block_table)}",
             "seqused_k for a paged cache, cu_seqlens_k without a block_table",
             "cu_seqlens_k=None, seqused_k=cu_seqlens_k.diff()",
         )
@@ -545,7 +552,7 @@ def _check_shapes(call: Call, faults: Faults) -> None:
         faults.need(
             call.block_table.shape[0] == batch,
             "block_table must have a row for each sequence.",
-            describe(call.block_table),
+            in_words(call.block_table),
             f"[{batch}, max_blocks]     (batch = cu_seqlens_q.shape[0] - 1 = {batch})",
         )
         faults.need(k.shape[-3] > 0, "block_size must be at least 1 token.", f"k {list(k.shape)}")
@@ -566,7 +573,7 @@ def _check_shapes(call: Call, faults: Faults) -> None:
             faults.need(
                 tensor.shape[0] == wanted_len,
                 f"{name} must have {'batch + 1' if wanted_len > batch else 'batch'} entries.",
-                describe(tensor),
+                in_words(tensor),
                 f"[{wanted_len}]     (batch = cu_seqlens_q.shape[0] - 1 = {batch})",
             )
 
@@ -578,13 +585,13 @@ def _check_extras(call: Call, numbers: Numbers, faults: Faults) -> None:
         faults.need(
             call.s_aux.shape[0] == num_q_heads,
             "s_aux must have one logit for each query head.",
-            describe(call.s_aux),
+            in_words(call.s_aux),
             f"[{num_q_heads}]",
         )
         faults.need(
             numbers.cp_world_size == 1,
             "s_aux cannot be split over ranks: a sink belongs to the merged row.",
-            f"s_aux {describe(call.s_aux)}, cp_world_size = {numbers.cp_world_size}",
+            f"s_aux {in_words(call.s_aux)}, cp_world_size = {numbers.cp_world_size}",
             "s_aux = None in each rank's call",
             "out, lse = anystride.merge.merge(outs, lses, s_aux=s_aux)",
         )
@@ -592,7 +599,7 @@ def _check_extras(call: Call, numbers: Numbers, faults: Faults) -> None:
         faults.need(
             list(call.alibi_slopes.shape) in ([num_q_heads], [batch, num_q_heads]),
             "alibi_slopes must be [num_q_heads] or [batch, num_q_heads].",
-            describe(call.alibi_slopes),
+            in_words(call.alibi_slopes),
             f"[{num_q_heads}] or [{batch}, {num_q_heads}]",
         )
     for name in ("q_descale", "k_descale", "v_descale"):
@@ -601,7 +608,7 @@ def _check_extras(call: Call, numbers: Numbers, faults: Faults) -> None:
             faults.need(
                 descale.numel() == 1 or list(descale.shape) == [batch, num_kv_heads],
                 f"{name} must be a scalar or [batch, num_kv_heads].",
-                describe(descale),
+                in_words(descale),
                 f"[] or [{batch}, {num_kv_heads}]",
                 f"{name} = {name}.expand({batch}, {num_kv_heads})",
             )
@@ -610,7 +617,7 @@ def _check_extras(call: Call, numbers: Numbers, faults: Faults) -> None:
         faults.need(
             metadata.dtype == torch.int32 and metadata.stride(0) == 1 and metadata.shape[0] >= 16,
             "scheduler_metadata must come from get_scheduler_metadata.",
-            describe(metadata),
+            in_words(metadata),
             "int32 [8 * (num_parts + 1)], stride 1",
             "scheduler_metadata = anystride.get_scheduler_metadata(...)",
         )

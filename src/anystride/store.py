@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anystride.errors import InvalidInputError
-from anystride.problem import FP8_DTYPES, Q_DTYPES, Faults, alignment, describe, used_strides
+from anystride.problem import FP8_DTYPES, Q_DTYPES, Faults, alignment, in_words, shares_memory, used_strides
 
 __all__ = ["Argument", "Half", "HalfFacts", "StoreCall", "StoreProblem", "check", "make_problem"]
 
@@ -96,11 +96,6 @@ def is_written(scale: Tensor, cache: Tensor) -> bool:
     return scale.dim() == cache.dim() - 1
 
 
-def shares_memory(tensor: Tensor) -> bool:
-    """Whether several of its elements are plainly the same: a dimension that was expanded."""
-    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 def check(operation: str, slot_mapping: Any, arguments: tuple[Argument, Argument]) -> StoreCall:
     """Check a call and bring it into one form.
 
@@ -113,14 +108,14 @@ def check(operation: str, slot_mapping: Any, arguments: tuple[Argument, Argument
         *((a.name, a.rows) for a in arguments),
         *((a.cache_name, a.cache) for a in arguments),
     ):
-        faults.need(isinstance(tensor, Tensor), f"{name} must be a tensor.", describe(tensor), "torch.Tensor")
+        faults.need(isinstance(tensor, Tensor), f"{name} must be a tensor.", in_words(tensor), "torch.Tensor")
     if faults:
         raise InvalidInputError(operation, faults)
     device = slot_mapping.device
     faults.need(
         slot_mapping.dim() == 1 and slot_mapping.dtype in (torch.int32, torch.int64),
         "slot_mapping must be int32 or int64 of shape [num_tokens].",
-        describe(slot_mapping),
+        in_words(slot_mapping),
         "int64 [num_tokens]",
         "slot_mapping = slot_mapping.flatten().to(torch.int64)",
     )
@@ -149,18 +144,18 @@ def _check_half(a: Argument, slots: Tensor, device: torch.device, faults: Faults
             need(
                 tensor.device == device,
                 f"{name} must be on the device of slot_mapping.",
-                describe(tensor),
+                in_words(tensor),
                 str(device),
             )
     need(
         rows.dim() == 3 and rows.dtype in Q_DTYPES,
         f"{a.name} must be [num_tokens, num_kv_heads, d] in float16, bfloat16 or float32.",
-        describe(rows),
+        in_words(rows),
     )
     need(
         cache.dim() in (4, 5) and cache.dtype in (*Q_DTYPES, *FP8_DTYPES),
         f"{a.cache_name} must be a paged cache of floating-point numbers.",
-        describe(cache),
+        in_words(cache),
         "[num_blocks, block_size, num_kv_heads, d] or "
         "[num_pages, blocks_per_page, block_size, num_kv_heads, d], 8, 16 or 32 bits",
     )
@@ -179,21 +174,21 @@ def _check_half(a: Argument, slots: Tensor, device: torch.device, faults: Faults
         need(
             not shares_memory(cache),
             f"{a.cache_name} gives several rows the same memory: it can only be read.",
-            describe(cache),
+            in_words(cache),
             "no dimension with a stride of 0",
         )
     if scale is None:
         return
     if isinstance(scale, float | int):
-        need(0 < scale < math.inf, f"{a.scale_name} must be positive and finite.", describe(scale))
+        need(0 < scale < math.inf, f"{a.scale_name} must be positive and finite.", in_words(scale))
         return
     if not isinstance(scale, Tensor):
-        need(False, f"{a.scale_name} must be a number or a tensor.", describe(scale))
+        need(False, f"{a.scale_name} must be a number or a tensor.", in_words(scale))
         return
     need(
         scale.dtype == torch.float32,
         f"{a.scale_name} must be float32.",
-        describe(scale),
+        in_words(scale),
         "float32",
     )
     if cache.dim() not in (4, 5):
@@ -207,7 +202,7 @@ def _check_half(a: Argument, slots: Tensor, device: torch.device, faults: Faults
         need(
             fits,
             f"{a.scale_name} to be written must have a place for each row of {a.cache_name}.",
-            describe(scale),
+            in_words(scale),
             f"[{', '.join(map(str, blocks))}, {last}]",
         )
         need(
@@ -219,13 +214,13 @@ def _check_half(a: Argument, slots: Tensor, device: torch.device, faults: Faults
         need(
             not shares_memory(scale),
             f"{a.scale_name} gives several scales the same memory: it can only be read.",
-            describe(scale),
+            in_words(scale),
         )
     elif scale.numel() != 1:
         need(
             scale.dim() == 1 and scale.shape[0] == cache.shape[-2],
             f"{a.scale_name} must be one number, one for each head, or have a place for each row.",
-            describe(scale),
+            in_words(scale),
             f"a float, [{cache.shape[-2]}], or [{', '.join(map(str, blocks))}, "
             f"{'groups' if a.groups else cache.shape[-2]}]",
         )

@@ -5,14 +5,14 @@ See ``plan.py`` for the read side. A call allocates nothing.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from anystride import blocks
 from anystride.errors import Fault, InvalidInputError, UnsupportedError
-from anystride.problem import FP8_DTYPES, describe
+from anystride.plan import backend_named, check_wanted, not_installed
+from anystride.problem import FP8_DTYPES, in_words
 from anystride.store import Argument, StoreCall, check, half_of, make_problem
 
 __all__ = ["copy_blocks", "store_kv", "store_mla"]
@@ -34,21 +34,11 @@ def choose(operation: str, kind: str, problem: Any, told: str, wanted: str | Non
         InvalidInputError: There is no such back end.
         UnsupportedError: The one that was asked for, or every one, refuses.
     """
-    if wanted is not None and wanted not in NAMES:
-        raise InvalidInputError(
-            operation,
-            [Fault("backend names no back end.", f"backend = {wanted!r}", f"one of {NAMES} or None")],
-        )
+    check_wanted(operation, wanted, NAMES)
     refused: dict[str, list[str]] = {}
     for name in (wanted,) if wanted else NAMES:
-        try:
-            module = import_module(f"anystride.backends.{name}_{kind}")
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] != "triton":
-                raise
-            refused[name] = ["triton is not installed; needs the package triton (pip install triton)"]
-            continue
-        reasons: list[str] = module.refusals(problem)
+        module = backend_named(f"{name}_{kind}")
+        reasons: list[str] = [not_installed(name)] if module is None else module.refusals(problem)
         if not reasons:
             return module
         refused[name] = reasons
@@ -154,7 +144,7 @@ def store_mla(
     if rope_scale is not scale and isinstance(rope_cache, Tensor) and rope_cache.dtype in FP8_DTYPES:
         fault = Fault(
             "scales that are computed are those of the latent part: the rope part must not be fp8.",
-            f"{names[1]} {describe(rope_cache)}",
+            f"{names[1]} {in_words(rope_cache)}",
             "a rope part of 16 or 32 bits",
             "store_mla(kv_c, k_pe, (latent_cache, rope_cache), slot_mapping, scale)",
         )

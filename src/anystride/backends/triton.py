@@ -30,7 +30,7 @@ from anystride.launch import (
     run_again,
     sources,
 )
-from anystride.problem import Call, Problem, bucket
+from anystride.problem import FP8_NAMES, Call, Problem, bucket
 from anystride.work import (
     STEP,
     WIDE_ROWS,
@@ -160,7 +160,6 @@ def config_for(problem: Problem, target: Target) -> Config:
     k_pieces = pieces(key_dims) if key_dims else (16, 0)
     v_pieces = pieces(problem.d_v)
     native = target.backend == "cuda" and target.arch >= 89
-    formats = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
     constants = {
         "GROUP_SIZE": problem.group_size,
         "BLOCK_SIZE": problem.block_size if problem.paged else 0,
@@ -186,8 +185,8 @@ def config_for(problem: Problem, target: Target) -> Config:
             vector(problem.q_strides[:2], problem.q_align, problem.dtype.itemsize),
             vector(problem.q_v_strides[:2], problem.q_v_align, problem.dtype.itemsize),
         ),
-        "K_FORMAT": formats.get(problem.k_dtype, "none"),
-        "V_FORMAT": formats.get(problem.v_dtype, "none"),
+        "K_FORMAT": FP8_NAMES.get(problem.k_dtype, "none"),
+        "V_FORMAT": FP8_NAMES.get(problem.v_dtype, "none"),
         "FP8_NATIVE": native,
         "HAS_LEFT": problem.window_left >= 0,
         "HAS_RIGHT": problem.window_right >= 0,

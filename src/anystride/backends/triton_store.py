@@ -8,11 +8,10 @@ import torch
 
 from anystride.kernels.store import store_kernel
 from anystride.launch import Launch, Pointer, Prepared, device_refusals, run_prepared
-from anystride.problem import bucket
+from anystride.problem import FP8_NAMES, bucket
 from anystride.store import Half, HalfFacts, StoreCall, StoreProblem
 from anystride.work import vector
 
-FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 TILE = 4096  # elements of a program
 MOST_ROWS = 32
 
@@ -31,7 +30,7 @@ def constants(half: HalfFacts) -> dict[str, Any]:
         "HEADS": half.heads,
         "GROUPS": half.groups,
         "D": d,
-        "FORMAT": FORMATS.get(half.cache_dtype, "none"),
+        "FORMAT": FP8_NAMES.get(half.cache_dtype, "none"),
         "SCALE": half.scale,
         "UNIT": half.strides[2] == 1,
         "VECTOR": vector((*half.strides[:2], d), half.align, itemsize),
@@ -67,7 +66,7 @@ def choose_config(problem: StoreProblem) -> Prepared:
 
 
 def _pointed(half: Half) -> tuple[Any, ...]:
-    cache = half.cache.view(torch.uint8) if half.cache.dtype in FORMATS else half.cache
+    cache = half.cache.view(torch.uint8) if half.cache.dtype in FP8_NAMES else half.cache
     return half.rows, cache, half.written if half.written is not None else half.scale
 
 

@@ -191,12 +191,12 @@ def own_part(
     metadata_ptr, batch, rows_per_unit = walk[0], walk[1], walk[5]
     total = batch * 0
     largest = total
-    costs = ()
+    own_costs = ()
     for seq in tl.static_range(SEQUENCES):
         _start, num_tokens, length, _total = sequence_facts(tl.minimum(seq, batch - 1), *lengths)
         steps = nominal_steps(num_tokens, length, GROUP_SIZE, rows_per_unit, walk[6], walk[7], WINDOWED)
         cost = tl.where(seq < batch, steps + OVERHEAD_STEPS, 0)
-        costs = costs + (cost,)
+        own_costs = own_costs + (cost,)
         total += cost
         largest = tl.maximum(largest, cost)
     used_parts, begin, end = part_costs(part, num_parts, total, largest, batch)
@@ -205,10 +205,10 @@ def own_part(
     end_base = before
     begin_seq = before
     end_seq = before
-    begin_steps = costs[0] - OVERHEAD_STEPS
+    begin_steps = own_costs[0] - OVERHEAD_STEPS
     end_steps = begin_steps
     for seq in tl.static_range(1, SEQUENCES + 1):
-        before += costs[seq - 1]
+        before += own_costs[seq - 1]
         passed = (seq <= batch) & (before <= begin)
         begin_seq += passed.to(tl.int32)
         begin_base = tl.where(passed, before, begin_base)
@@ -216,7 +216,7 @@ def own_part(
         end_seq += passed_by_end.to(tl.int32)
         end_base = tl.where(passed_by_end, before, end_base)
         if seq < SEQUENCES:  # behind the last sequence: its steps, of which 0 are passed
-            steps = costs[seq] - OVERHEAD_STEPS
+            steps = own_costs[seq] - OVERHEAD_STEPS
             begin_steps = tl.where(passed & (seq < batch), steps, begin_steps)
             end_steps = tl.where(passed_by_end & (seq < batch), steps, end_steps)
     # A cut in an overhead moves on.

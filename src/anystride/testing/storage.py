@@ -17,7 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from anystride.problem import BITS
+
 __all__ = [
+    "BITS",
     "CacheShape",
     "Geometry",
     "Storage",
@@ -33,9 +36,6 @@ __all__ = [
 Form = Literal["kv", "row", "q_v"]
 
 GAP, K_ONLY, V_ONLY, BOTH, OTHER = range(5)  # codes of ``occupancy``
-
-# Integers of the same width, by bytes of an element.
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True)
