@@ -53,7 +53,8 @@ def test_the_arguments_are_those_of_vllm_in_order_and_default() -> None:
     by_place = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
     by_name = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert list(by_place.items()) == list(wanted.items())
-    assert by_name == {"cp_interleave": 1, "batch_invariant": False, "backend": None}
+    own = {"cp_interleave": 1, "batch_invariant": False, "k_scale_cache": None, "v_scale_cache": None}
+    assert by_name == own | {"backend": None}
 
 
 def test_the_package_exports_what_it_says() -> None:

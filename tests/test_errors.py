@@ -53,6 +53,12 @@ def dense_call(**change: Any) -> dict[str, Any]:
     return right_call(seqused_k=None, block_table=None, **dense | change)
 
 
+def fp8_call(heads: int = 2, **change: Any) -> dict[str, Any]:
+    """The first one over an fp8 cache of so many heads."""
+    k, v = (torch.zeros(6, 4, heads, d).to(torch.float8_e4m3fn) for d in (16, 8))
+    return right_call(k=k, v=v, **change)
+
+
 def caught(arguments: dict[str, Any], call: Callable[..., Any] = flash_attn_varlen_func) -> InvalidInputError:
     with pytest.raises(InvalidInputError) as caught_one:
         call(**arguments)
@@ -329,6 +335,57 @@ v_descale must be a scalar or [batch, num_kv_heads].
   needs  [] or [2, 2]
   do     v_descale = v_descale.expand(2, 2)""",
     ),
+    "dims_of_a_scale_cache": (
+        fp8_call(k_scale_cache=torch.ones(6, 4)),
+        """\
+k_scale_cache must have 3 or 4 dimensions.
+  got    float32 [6, 4] strides (4, 1) on cpu
+  needs  the dimensions of its cache but the last: [num_blocks, block_size, num_kv_heads] or """
+        "[num_pages, blocks_per_page, block_size, num_kv_heads]",
+    ),
+    "dtype_of_a_scale_cache": (
+        fp8_call(v_scale_cache=half(6, 4, 2)),
+        """\
+v_scale_cache must be float32.
+  got    float16 [6, 4, 2] strides (8, 2, 1) on cpu
+  needs  float32""",
+    ),
+    "device_of_a_scale_cache": (
+        fp8_call(k_scale_cache=torch.ones(6, 4, 2, device="meta")),
+        """\
+k_scale_cache must be on the device of q.
+  got    float32 [6, 4, 2] strides (8, 2, 1) on meta
+  needs  cpu""",
+    ),
+    "scale_cache_of_no_fp8_cache": (
+        right_call(v_scale_cache=torch.ones(6, 4, 2)),
+        """\
+v_scale_cache must belong to an fp8 cache.
+  got    v is float32
+  needs  float8_e4m3fn or float8_e5m2
+  do     v_scale_cache=None""",
+    ),
+    "blocks_of_a_scale_cache": (
+        fp8_call(k_scale_cache=torch.ones(7, 4, 2)),
+        """\
+k_scale_cache must have a scale for each token and KV head of k.
+  got    float32 [7, 4, 2] strides (8, 2, 1) on cpu
+  needs  [6, 4, 2]""",
+    ),
+    "groups_of_several_heads": (
+        fp8_call(k_scale_cache=torch.ones(6, 4, 4)),
+        """\
+k_scale_cache must have a scale for each token and KV head of k.
+  got    float32 [6, 4, 4] strides (16, 4, 1) on cpu
+  needs  [6, 4, 2]""",
+    ),
+    "groups_that_do_not_divide_the_row": (
+        fp8_call(1, v_scale_cache=torch.ones(6, 4, 3)),
+        """\
+v_scale_cache must have a scale for each token and KV head of v.
+  got    float32 [6, 4, 3] strides (12, 3, 1) on cpu
+  needs  [6, 4, 1], or with a divisor of 8 in place of the 1""",
+    ),
     "metadata_of_another_kind": (
         right_call(scheduler_metadata=ints(1, 2, 3)),
         """\
@@ -454,7 +511,12 @@ cache_seqlens must be int32 of shape [batch].
 
 
 def test_the_calls_that_are_changed_are_right() -> None:
-    for arguments in (right_call(), dense_call()):
+    for arguments in (
+        right_call(),
+        dense_call(),
+        fp8_call(k_scale_cache=torch.ones(6, 4, 2)),
+        fp8_call(1, k_scale_cache=torch.ones(6, 4, 16), v_scale_cache=torch.ones(1).expand(6, 4, 2)),
+    ):
         out = flash_attn_varlen_func(**arguments, backend="reference")
         assert isinstance(out, Tensor)
         assert out.shape == (3, 4, 8)
@@ -516,7 +578,7 @@ def test_no_fault_is_without_a_test(module: Any) -> None:
 # Each argument that may be a tensor, and something that is none.
 TENSORS = (
     "q", "k", "v", "q_v", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table", "alibi_slopes", "s_aux",
-    "cp_tot_seqused_k", "scheduler_metadata", "out",
+    "k_scale_cache", "v_scale_cache", "cp_tot_seqused_k", "scheduler_metadata", "out",
 )  # fmt: skip
 
 
@@ -569,6 +631,15 @@ also: num_splits must not be negative.
     )
     assert len(error.faults) == 5
     assert error.faults[3] == Fault("softcap must not be negative.", "softcap = -1.0")
+
+
+def test_all_that_is_wrong_with_both_scale_caches_is_said() -> None:
+    scales = torch.ones(6, 4, 3)
+    error = caught(right_call(k_scale_cache=scales, v_scale_cache=scales))
+    assert [(fault.what.split()[0], fault.what.split()[2]) for fault in error.faults] == [
+        ("k_scale_cache", "belong"), ("k_scale_cache", "have"),
+        ("v_scale_cache", "belong"), ("v_scale_cache", "have"),
+    ]  # fmt: skip
 
 
 def test_dropout_and_probabilities_are_refused_together() -> None:

@@ -56,6 +56,8 @@ def flash_attn_varlen_func(
     *,
     cp_interleave: int = 1,
     batch_invariant: bool = False,
+    k_scale_cache: Tensor | None = None,
+    v_scale_cache: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new query tokens over a KV cache of any strides, read in place.
@@ -105,6 +107,14 @@ def flash_attn_varlen_func(
         scheduler_metadata: From :func:`get_scheduler_metadata`, for the same lengths.
         q_descale, k_descale, v_descale: float, 0-D float32 tensor, or float32 ``[batch, num_kv_heads]``
             of any strides: factors of the stored values.
+        k_scale_cache: float32 scales of the rows of an fp8 ``k``, beside the cache or inside its rows, as
+            :func:`anystride.cache.store_kv` and ``store_mla`` write them: factors of the stored values, next
+            to ``k_descale``. The shape of ``k`` without its last dimension, ``[num_blocks, block_size,
+            num_kv_heads]``, ``[num_pages, blocks_per_page, block_size, num_kv_heads]`` or ``[total_k,
+            num_kv_heads]``: one for each token and head. With one head the last dimension may be any divisor
+            of ``d_qk``: as many groups of neighbouring dimensions have a scale each. Any strides, 0 included.
+        v_scale_cache: The same of an fp8 ``v``; in the ``q_v`` form it scales the scores with ``q_v``, too.
+            Where V lies in K's row, its scales say what it is as V, those of K what it is as K.
         num_splits: 0: work is split over the processors by length. ``n``: each sequence in ``n`` shares.
         fa_version: Accepted for the signature's sake; there is one version here.
         s_aux: ``[num_q_heads]``, any float dtype: sinks, one more logit in the denominator and the lse.
@@ -137,7 +147,8 @@ def flash_attn_varlen_func(
     # fmt: off
     tensors = (
         q, k, v, q_v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, alibi_slopes, s_aux,
-        q_descale, k_descale, v_descale, cp_tot_seqused_k, scheduler_metadata, out, None,
+        q_descale, k_descale, v_descale, k_scale_cache, v_scale_cache, cp_tot_seqused_k, scheduler_metadata,
+        out, None,
     )
     traced = ops.is_traced(q)
     numbers = (
@@ -325,7 +336,7 @@ def warmup(
         dtype: dtype of ``q``.
         q_v: Whether calls use the ``q_v`` form.
         **options: What else the calls will pass: ``causal``, ``window_size``, ``softcap``, ``softmax_scale``,
-            ``s_aux``, descales, ``num_splits``, ``batch_invariant``, ``backend``.
+            ``s_aux``, descales, scale caches, ``num_splits``, ``batch_invariant``, ``backend``.
     """
     device, d_qk, d_v = k.device, k.shape[-1], v.shape[-1]
     longest = max_seqlen_k or k[..., 0, 0].numel()

@@ -21,7 +21,8 @@ _library = torch.library.Library("anystride", "DEF")
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? q_v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? seqused_k, Tensor? block_table, Tensor? alibi_slopes, Tensor? s_aux, Tensor? q_descale, "
-    "Tensor? k_descale, Tensor? v_descale, Tensor? cp_tot_seqused_k, Tensor? scheduler_metadata, "
+    "Tensor? k_descale, Tensor? v_descale, Tensor? k_scale_cache, Tensor? v_scale_cache, "
+    "Tensor? cp_tot_seqused_k, Tensor? scheduler_metadata, "
     "Tensor(a!) out, Tensor(b!)? lse, SymInt max_seqlen_q, SymInt max_keys, float? softmax_scale, "
     "bool causal, int window_left, int window_right, float softcap, int num_splits, "
     "bool deterministic, bool batch_invariant, int cp_world_size, int cp_rank, int cp_interleave, "
@@ -33,7 +34,7 @@ _library.define(
 
 def _attention(*args: object) -> None:
     """Run one call; the arguments are those of the schema, in its order."""
-    tensors, rest = args[:17], args[17:]
+    tensors, rest = args[:19], args[19:]
     max_seqlen_q, max_keys, scale, causal, left, right, *numbers, backend = rest
     call = Call(*tensors)  # type: ignore[arg-type]
     packed = Numbers(  # type: ignore[call-arg]

@@ -1,8 +1,8 @@
 """Rows of K and V out of a cache of any strides, packed: what the back end ``cpu`` computes on.
 
-Rows are gathered as they are stored and converted to float32. Whoever reads the packed rows never meets a
-stride of the cache. Copies the keys that are asked for, as many at a time as :class:`Packing` says, never the
-cache.
+Rows are gathered as they are stored, converted to float32 and multiplied with their scales, if they have any.
+Whoever reads the packed rows never meets a stride of the cache. Copies the keys that are asked for, as many
+at a time as :class:`Packing` says, never the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anystride.problem import Call, Problem
+from anystride.problem import Call, Problem, scale_rows
 
 __all__ = ["Packing", "Rows", "Spans", "choose_packing", "load", "rows_taken"]
 
@@ -37,6 +37,13 @@ class Pages(NamedTuple):
     extra: int  # steps that a page is longer than its blocks
 
 
+class Scales(NamedTuple):
+    """The scales of rows of K or V."""
+
+    groups: int  # of a row
+    pages: Pages | None
+
+
 class Part(NamedTuple):
     """Rows of K or V, and where they go in scratch."""
 
@@ -45,6 +52,7 @@ class Part(NamedTuple):
     at: int  # where the first row begins, in elements
     padding: int  # elements behind each row that must be 0
     pages: Pages | None  # None where a page is one block
+    scales: Scales | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Packing:
         chunk: Keys that are taken at a time from a sequence that has more: whole blocks, or an equal part of
             a block.
         staged: Whether whole blocks are gathered before they are converted.
-        direct: Whether gathered blocks become packed rows by conversion alone, without scratch.
+        direct: Whether gathered blocks become packed rows by conversion alone, without scratch and scales.
         scratch: Elements of float32 that are needed.
     """
 
@@ -85,7 +93,8 @@ Rows = tuple[Tensor, Tensor, int, dict[int, int]]  # see load
 def choose_packing(problem: Problem, most_bytes: int) -> Packing:
     """Pack as many keys as ``most_bytes`` hold, and no more than the call can have."""
     p, size = problem, problem.block_size
-    in_k = p.relation.kind == "v_in_k"
+    scaled = p.k_scale_groups > 0 or p.v_scale_groups > 0
+    in_k = p.relation.kind == "v_in_k" and not scaled  # scaled as K, a row is no row of V
     copies = 1 if in_k or p.has_q_v else 2
     width = p.d_qk + p.d_v if p.has_q_v else max(p.d_qk, p.d_v)
     row = p.num_kv_heads * width
@@ -97,14 +106,16 @@ def choose_packing(problem: Problem, most_bytes: int) -> Packing:
     keys = min(keys, p.batch * (p.max_keys + size))
     staged = p.paged and chunk >= size and size * p.num_kv_heads * max(p.d_qk, p.d_v) < LARGE_BLOCK
     small = 4 * copies * keys * row <= SMALL
-    direct = small and staged and not p.has_q_v and (in_k or p.d_qk == p.d_v)
+    direct = small and staged and not scaled and not p.has_q_v and (in_k or p.d_qk == p.d_v)
     v_begins = keys * row if copies == 2 else 0
     # In the q_v form a packed row begins with V: that is where results are looked for.
     k_at = p.d_v if p.has_q_v else 0
     k_padding, v_padding = (width - d if copies == 2 else 0 for d in (p.d_qk, p.d_v))
+    k_scales = _scales(p, p.k_scale_strides, p.k_scale_groups)
+    v_scales = _scales(p, p.v_scale_strides, p.v_scale_groups)
     parts = (
-        Part(False, p.d_qk, k_at, k_padding, _pages(p, p.k_strides, p.d_qk)),
-        Part(True, p.d_v, v_begins, v_padding, _pages(p, p.v_strides, p.d_v)),
+        Part(False, p.d_qk, k_at, k_padding, _pages(p, p.k_strides, p.d_qk), k_scales),
+        Part(True, p.d_v, v_begins, v_padding, _pages(p, p.v_strides, p.d_v), v_scales),
     )
     return Packing(
         heads=p.num_kv_heads,
@@ -131,6 +142,10 @@ def _pages(problem: Problem, strides: tuple[int, int, int, int, int], d: int) ->
     reach = (problem.num_pages - 1) * page + (per_page - 1) * block
     shape = (reach + 1, problem.block_size, problem.num_kv_heads, d)
     return Pages(shape, (step, *inner), per_page, block, page - per_page * block)
+
+
+def _scales(problem: Problem, strides: tuple[int, int, int, int, int], groups: int) -> Scales | None:
+    return Scales(groups, _pages(problem, strides, groups)) if groups else None
 
 
 def rows_taken(problem: Problem, packing: Packing, lo: int, hi: int) -> int:
@@ -161,12 +176,18 @@ def load(problem: Problem, packing: Packing, call: Call, scratch: list[Tensor], 
         return _load_stretches(problem, packing, call, scratch[0], spans)
     firsts, ids = _block_ids(problem, call, spans)
     if packing.direct:
-        k, *v = [_gather(*_blocks(call, part, ids)).float() for part in packing.parts]
+        caches = (call.k, call.v)
+        k, *v = [
+            _gather(*_blocks(cache, part.pages, ids)).float()
+            for cache, part in zip(caches, packing.parts, strict=False)
+        ]
         return k, v[0] if v else k, 0, firsts
     place, strides = scratch[0], (problem.block_size * packing.row, packing.row, packing.width, 1)
     for part in packing.parts:
-        blocks = _gather(*_blocks(call, part, ids))
-        place.as_strided(blocks.shape, strides, part.at).copy_(blocks)
+        blocks = _gather(*_blocks(call.v if part.of_v else call.k, part.pages, ids))
+        rows = place.as_strided(blocks.shape, strides, part.at).copy_(blocks)
+        if part.scales is not None:
+            _scale(rows, _gather(*_blocks(_scales_of(problem, call, part), part.scales.pages, ids)))
     _clear_padding(packing, place, len(ids) * problem.block_size)
     return place, place, packing.v_begins, firsts
 
@@ -198,19 +219,30 @@ def _block_ids(problem: Problem, call: Call, spans: Spans) -> tuple[dict[int, in
     return firsts, torch.cat(runs) if len(runs) > 1 else runs[0]
 
 
-def _blocks(call: Call, part: Part, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """K or V as ``[num_blocks, block_size, num_kv_heads, d]``, and in which of these blocks the ids lie."""
-    cache = call.v if part.of_v else call.k
+def _blocks(cache: Tensor, pages: Pages | None, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """A cache as ``[num_blocks, block_size, num_kv_heads, d]``, and in which of these blocks the ids lie."""
     if cache.dim() == 4:
         return cache, ids
-    if part.pages is None:
+    if pages is None:
         return cache.squeeze(1), ids
     # No one stride leads from block to block: count in a step that divides both.
-    shape, strides, per_page, block, extra = part.pages
+    shape, strides, per_page, block, extra = pages
     if block != 1 or extra != 0:
         ids = ids.long()
         ids = ids * block + ids // per_page * extra
     return cache.as_strided(shape, strides), ids
+
+
+def _scales_of(problem: Problem, call: Call, part: Part) -> Tensor:
+    """The scales of K or V, ``[..., num_kv_heads, groups]``."""
+    scales = scale_rows(call.v_scale_cache if part.of_v else call.k_scale_cache, problem.num_kv_heads)
+    assert scales is not None  # the part has some
+    return scales
+
+
+def _scale(rows: Tensor, scales: Tensor) -> None:
+    """Multiply packed rows ``[..., d]`` with scales ``[..., groups]``, in place."""
+    rows.unflatten(-1, (scales.shape[-1], -1)).mul_(scales[..., None])
 
 
 def _gather(blocks: Tensor, ids: Tensor) -> Tensor:
@@ -261,15 +293,21 @@ def _load_stretches(problem: Problem, packing: Packing, call: Call, place: Tenso
     strides, at = (packing.row, packing.width, 1), 0
     for begin, end, block in stretches:
         for part in packing.parts:
-            rows = call.v if part.of_v else call.k
-            if block >= 0:
-                rows = rows[divmod(block, problem.blocks_per_page) if rows.dim() == 5 else block]
-            place.as_strided((end - begin, packing.heads, part.d), strides, part.at + at).copy_(
-                _wide(rows[begin:end])
-            )
+            where = _block(problem, call.v if part.of_v else call.k, block)
+            rows = place.as_strided((end - begin, packing.heads, part.d), strides, part.at + at)
+            rows.copy_(_wide(where[begin:end]))
+            if part.scales is not None:
+                _scale(rows, _block(problem, _scales_of(problem, call, part), block)[begin:end])
         at += (end - begin) * packing.row
     _clear_padding(packing, place, count)
     return place, place, packing.v_begins, firsts
+
+
+def _block(problem: Problem, cache: Tensor, block: int) -> Tensor:
+    """The rows of a block, or all rows, of a cache that has none."""
+    if block < 0:
+        return cache
+    return cache[divmod(block, problem.blocks_per_page) if cache.dim() == 5 else block]
 
 
 def _stretches_of_blocks(problem: Problem, call: Call, seq: int, a: int, b: int) -> Iterator[Stretch]:

@@ -101,10 +101,18 @@ def describe(problem: Problem) -> str:
     cache = f"[{p.num_pages}, {p.blocks_per_page}, {p.block_size}, {p.num_kv_heads}, " if p.paged else "["
     if not p.paged:
         cache = f"[{p.num_pages}, {p.num_kv_heads}, "
+    scales = "".join(
+        f"{name} {groups} a row strides {strides}, "
+        for name, groups, strides in (
+            ("k_scale_cache", p.k_scale_groups, p.k_scale_strides),
+            ("v_scale_cache", p.v_scale_groups, p.v_scale_strides),
+        )
+        if groups
+    )
     return (
         f"q {names[p.dtype]} [{p.total_q}, {p.num_q_heads}, {p.d_qk}] strides {p.q_strides}, "
         f"k {names[p.k_dtype]} {cache}{p.d_qk}] strides {p.k_strides}, "
-        f"v {names[p.v_dtype]} {cache}{p.d_v}] strides {p.v_strides}, {p.device}"
+        f"v {names[p.v_dtype]} {cache}{p.d_v}] strides {p.v_strides}, {scales}{p.device}"
     )
 
 
@@ -219,12 +227,12 @@ def execute(plan: Plan, tensors: tuple[Any, ...]) -> Call:
     """Allocate what the call lacks, run it, and return it with its results filled in."""
     problem = plan.problem
     device = problem.device
-    out, lse = tensors[15:]
+    out, lse = tensors[17:]
     if out is None:
         out = memory.allocate((problem.total_q, problem.num_q_heads, problem.d_v), problem.dtype, device)
     if lse is None and problem.has_lse:
         lse = memory.allocate((problem.num_q_heads, problem.total_q), torch.float32, device)
-    call = tuple.__new__(Call, (*tensors[:15], out, lse))  # as _make does, but for its check of the length
+    call = tuple.__new__(Call, (*tensors[:17], out, lse))  # as _make does, but for its check of the length
     if problem.total_q == 0 or problem.batch == 0:
         return call
     plan.backend.run(problem, plan.config, call)

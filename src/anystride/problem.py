@@ -22,6 +22,8 @@ FP8_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 FP8_DTYPES = tuple(FP8_NAMES)
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # integers of the same width, by bytes of an element
 
+SCALE_CACHES = ("k_scale_cache", "v_scale_cache")
+
 MAX_HEAD_DIM = 576  # widest row that the contract names: 512 latent + 64 rope
 
 
@@ -45,7 +47,9 @@ class Call(NamedTuple):
 
     ``k`` and ``v`` are 5-D ``[num_pages, blocks_per_page, block_size, num_kv_heads, d]`` when paged, and
     3-D ``[total_k, num_kv_heads, d]`` when not. Descales are None, a Python float, or a float32 view
-    ``[batch, num_kv_heads]``; ``alibi_slopes`` is None or a float32 view ``[batch, num_q_heads]``.
+    ``[batch, num_kv_heads]``; scale caches None or a float32 view ``[num_pages, blocks_per_page, block_size,
+    num_kv_heads, groups]``, ``[total_k, num_kv_heads, groups]`` when not paged; ``alibi_slopes`` None or a
+    float32 view ``[batch, num_q_heads]``.
     """
 
     q: torch.Tensor  # [total_q, num_q_heads, d_qk]
@@ -61,6 +65,8 @@ class Call(NamedTuple):
     q_descale: torch.Tensor | float | None
     k_descale: torch.Tensor | float | None
     v_descale: torch.Tensor | float | None
+    k_scale_cache: torch.Tensor | None  # float32, a scale for each token and head, or group of dimensions
+    v_scale_cache: torch.Tensor | None
     cp_tot_seqused_k: torch.Tensor | None  # [batch] int32
     scheduler_metadata: torch.Tensor | None
     out: torch.Tensor  # [total_q, num_q_heads, d_v]
@@ -116,6 +122,10 @@ class Problem:
     has_q_descale: bool
     has_k_descale: bool
     has_v_descale: bool
+    k_scale_groups: int  # scales of a row of K, each for as many dimensions; 0: no k_scale_cache
+    v_scale_groups: int
+    k_scale_strides: tuple[int, int, int, int, int]  # page, block, token, head, group; zeros without
+    v_scale_strides: tuple[int, int, int, int, int]
     cp_world_size: int
     cp_rank: int
     cp_interleave: int
@@ -131,10 +141,10 @@ class Problem:
 
     @property
     def kv_row_bytes(self) -> int:
-        """Bytes of one token and KV head that must be moved: shared bytes are counted once."""
+        """Bytes of one token and KV head that must be moved, scales included; V's in K's row counted once."""
         k_bytes = self.d_qk * self.k_dtype.itemsize
-        v_bytes = self.d_v * self.v_dtype.itemsize
-        return k_bytes if self.relation.kind == "v_in_k" else k_bytes + v_bytes
+        v_bytes = 0 if self.relation.kind == "v_in_k" else self.d_v * self.v_dtype.itemsize
+        return k_bytes + v_bytes + 4 * (self.k_scale_groups + self.v_scale_groups)
 
 
 class Numbers(NamedTuple):
@@ -290,6 +300,7 @@ def make_problem(call: Call, numbers: Numbers) -> Problem:
     if scale is None:
         scale = (d_qk + (d_v if call.q_v is not None else 0)) ** -0.5
     zeros = (0, 0, 0)
+    k_scales, v_scales = (scale_rows(x, k.shape[-2]) for x in (call.k_scale_cache, call.v_scale_cache))
     return Problem(
         device=q.device,
         dtype=q.dtype,
@@ -331,6 +342,10 @@ def make_problem(call: Call, numbers: Numbers) -> Problem:
         has_q_descale=call.q_descale is not None,
         has_k_descale=call.k_descale is not None,
         has_v_descale=call.v_descale is not None,
+        k_scale_groups=0 if k_scales is None else k_scales.shape[-1],
+        v_scale_groups=0 if v_scales is None else v_scales.shape[-1],
+        k_scale_strides=(0,) * 5 if k_scales is None else _cache_strides(k_scales),
+        v_scale_strides=(0,) * 5 if v_scales is None else _cache_strides(v_scales),
         cp_world_size=numbers.cp_world_size,
         cp_rank=numbers.cp_rank,
         cp_interleave=numbers.cp_interleave,
@@ -354,8 +369,10 @@ def _cache_strides(cache: torch.Tensor) -> tuple[int, int, int, int, int]:
 def canonical(problem: Problem, call: Call) -> Call:
     """The call with its views in one form: see :class:`Call`. Makes views only, never copies."""
     k, v = call.k, call.v
+    k_scales, v_scales = (scale_rows(x, k.shape[-2]) for x in (call.k_scale_cache, call.v_scale_cache))
     if problem.paged and k.dim() == 4:
         k, v = k.unsqueeze(1), v.unsqueeze(1)
+        k_scales, v_scales = (x if x is None else x.unsqueeze(1) for x in (k_scales, v_scales))
     heads = (problem.batch, problem.num_kv_heads)
     alibi = call.alibi_slopes
     return call._replace(
@@ -365,7 +382,14 @@ def canonical(problem: Problem, call: Call) -> Call:
         q_descale=_expand_descale(call.q_descale, heads),
         k_descale=_expand_descale(call.k_descale, heads),
         v_descale=_expand_descale(call.v_descale, heads),
+        k_scale_cache=k_scales,
+        v_scale_cache=v_scales,
     )
+
+
+def scale_rows(scales: torch.Tensor | None, num_kv_heads: int) -> torch.Tensor | None:
+    """The scales of each row and head, ``[..., num_kv_heads, groups]``: a view of ``[..., n]``."""
+    return scales if scales is None else scales.unsqueeze(-2 if num_kv_heads == 1 else -1)
 
 
 def _expand_descale(
@@ -400,12 +424,13 @@ def _check_tensors(call: Call, faults: Faults) -> None:
             f"{name} must be on the device of q.",
             f"{in_words(tensor)}",
             f"{device}",
-            f"{name} = {name}.to(q.device)" if name not in ("k", "v", "out") else "",
+            f"{name} = {name}.to(q.device)" if name not in ("k", "v", "out", *SCALE_CACHES) else "",
         )
     dims = {"q": (3,), "q_v": (3,), "out": (3,), "s_aux": (1,), "alibi_slopes": (1, 2)}
     dims |= {"cu_seqlens_q": (1,), "cu_seqlens_k": (1,), "seqused_k": (1,), "lse": (2,)}
     dims |= {"cp_tot_seqused_k": (1,), "block_table": (2,), "scheduler_metadata": (1,)}
     dims |= dict.fromkeys(("k", "v"), (4, 5) if call.block_table is not None else (3,))
+    dims |= dict.fromkeys(SCALE_CACHES, (3, 4) if call.block_table is not None else (2,))
     shapes = {
         "q": "[total_q, num_q_heads, d_qk]",
         "q_v": "[total_q, num_q_heads, d_v]",
@@ -419,6 +444,8 @@ def _check_tensors(call: Call, faults: Faults) -> None:
         else "[total_k, num_kv_heads, d] (no block_table was given)"
     )
     shapes |= {"k": cache, "v": cache}
+    scales = f"the dimensions of its cache but the last: {cache.replace(', d]', ']')}"
+    shapes |= {"k_scale_cache": scales, "v_scale_cache": scales}
     for name, allowed in dims.items():
         tensor = getattr(call, name)
         if isinstance(tensor, torch.Tensor):
@@ -463,16 +490,16 @@ def _check_tensors(call: Call, faults: Faults) -> None:
                 in_words(tensor),
                 str(call.q.dtype).removeprefix("torch."),
             )
-    for name in ("alibi_slopes", "s_aux", "q_descale", "k_descale", "v_descale"):
+    for name in ("alibi_slopes", "s_aux", "q_descale", "k_descale", "v_descale", *SCALE_CACHES):
         tensor = getattr(call, name)
         if isinstance(tensor, torch.Tensor):
-            dtypes = (torch.float32,) if "descale" in name else (torch.float32, *Q_DTYPES)
+            dtypes = (torch.float32,) if "scale" in name else (torch.float32, *Q_DTYPES)
             faults.need(
                 tensor.dtype in dtypes,
-                f"{name} must be {'float32' if 'descale' in name else 'a floating-point tensor'}.",
+                f"{name} must be {'float32' if 'scale' in name else 'a floating-point tensor'}.",
                 in_words(tensor),
                 "float32",
-                f"{name} = {name}.float()",
+                f"{name} = {name}.float()" if name not in SCALE_CACHES else "",
             )
 
 
@@ -612,6 +639,25 @@ def _check_extras(call: Call, numbers: Numbers, faults: Faults) -> None:
                 f"[] or [{batch}, {num_kv_heads}]",
                 f"{name} = {name}.expand({batch}, {num_kv_heads})",
             )
+    for name, cache in zip(SCALE_CACHES, (call.k, call.v), strict=True):
+        scales = getattr(call, name)
+        if scales is not None:
+            faults.need(
+                cache.dtype in FP8_DTYPES,
+                f"{name} must belong to an fp8 cache.",
+                f"{name[0]} is {str(cache.dtype).removeprefix('torch.')}",
+                "float8_e4m3fn or float8_e5m2",
+                f"{name}=None",
+            )
+            n, d = scales.shape[-1], cache.shape[-1]
+            grouped = num_kv_heads == 1 and n > 0 and d % n == 0
+            many = f", or with a divisor of {d} in place of the 1" if num_kv_heads == 1 else ""
+            faults.need(
+                scales.shape[:-1] == cache.shape[:-2] and (n == num_kv_heads or grouped),
+                f"{name} must have a scale for each token and KV head of {name[0]}.",
+                in_words(scales),
+                f"{list(cache.shape[:-1])}{many}",
+            )
     if call.scheduler_metadata is not None:
         metadata = call.scheduler_metadata
         faults.need(
@@ -686,6 +732,7 @@ def shape_problem(
         softmax_scale=1.0, causal=causal, window_left=window[0],
         window_right=0 if causal else window[1], softcap=0.0, has_alibi=False, has_sinks=False,
         has_lse=False, has_q_descale=False, has_k_descale=False, has_v_descale=False,
+        k_scale_groups=0, v_scale_groups=0, k_scale_strides=(0, 0, 0, 0, 0), v_scale_strides=(0, 0, 0, 0, 0),
         cp_world_size=1, cp_rank=0, cp_interleave=1, num_splits=0, batch_invariant=False,
         deterministic=False, metadata_words=0,
     )  # fmt: skip

@@ -20,7 +20,8 @@ def attention(problem: Problem, call: Call) -> tuple[Tensor, Tensor]:
 
     For query token ``i`` of ``n`` in a sequence of ``sk`` keys, with ``centre = sk - n + i``::
 
-        s_j = softmax_scale * (q . k_j + q_v . v_j)          # descales multiply their product
+        s_j = softmax_scale * (q . k_j + q_v . v_j)          # descales multiply their product; of an fp8
+                                                             # cache, k_j and v_j are values times scales
         s_j = softcap * tanh(s_j / softcap)                  # if softcap
         s_j = s_j - slope * |centre - j|                     # if alibi
         j is visible if  centre - window_left <= j <= centre + window_right
@@ -48,6 +49,10 @@ def attention(problem: Problem, call: Call) -> tuple[Tensor, Tensor]:
         length = _length(call, seq)
         k = _rows(problem, call, call.k, seq, length)  # [length, num_kv_heads, d_qk]
         v = _rows(problem, call, call.v, seq, length)  # [length, num_kv_heads, d_v]
+        if call.k_scale_cache is not None:
+            k = _scaled(k, _rows(problem, call, call.k_scale_cache, seq, length))
+        if call.v_scale_cache is not None:
+            v = _scaled(v, _rows(problem, call, call.v_scale_cache, seq, length))
         out[begin:end], lse[:, begin:end] = _one_sequence(problem, call, seq, begin, end, k, v)
     return out, lse
 
@@ -73,6 +78,12 @@ def _rows(problem: Problem, call: Call, cache: Tensor, seq: int, length: int) ->
         used = min(problem.block_size, length - first)
         pieces.append(cache[page, sub, :used].cpu().double())
     return torch.cat(pieces)
+
+
+def _scaled(rows: Tensor, scales: Tensor) -> Tensor:
+    """Rows ``[length, num_kv_heads, d]`` with a scale for each of ``groups`` equal runs of dimensions."""
+    groups = scales.shape[-1]
+    return rows * scales.repeat_interleave(rows.shape[-1] // groups, -1)
 
 
 def _descale(descale: Tensor | float | None, seq: int, heads: int) -> Tensor:

@@ -229,6 +229,10 @@ def shape_refusals(problem: Problem) -> list[str]:
         reasons.append("alibi_slopes were given for MLA; needs None")
     if p.has_q_descale or p.has_k_descale or p.has_v_descale:
         reasons.append("descales were given; needs None")
+    if p.k_scale_groups:
+        reasons.append("k_scale_cache was given; needs None")
+    if p.v_scale_groups:
+        reasons.append("v_scale_cache was given; needs None")
     return reasons
 
 

@@ -133,7 +133,10 @@ class Config:
 
 def refusals(problem: Problem) -> list[str]:
     """Every reason why the Triton kernels cannot run the problem here."""
-    return device_refusals(problem.device)
+    reasons = device_refusals(problem.device)
+    if problem.k_scale_groups or problem.v_scale_groups:
+        reasons.append("scale caches were given; needs None")
+    return reasons
 
 
 def is_narrow(strides: tuple[int, ...]) -> bool:
