@@ -183,6 +183,28 @@ def host_microseconds(call: peers.Call, ahead: int = 200) -> float:
     return (time.perf_counter_ns() - begin) / ahead / 1000
 
 
+def host_medians(calls: dict[str, peers.Call], rounds: int = 15) -> dict[str, float]:
+    """What calls take of the host's time, in turn: the median of the rounds of each."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(host_microseconds(call))
+    return {name: sorted(some)[rounds // 2] for name, some in times.items()}
+
+
+def take_turns(calls: dict[str, peers.Call], rounds: int = 3) -> dict[str, float]:
+    """Device times of calls that take turns: the least of the rounds of each, the first of which is lost."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for nth in range(rounds + 1):
+        for name, call in calls.items():
+            us = microseconds(call, 30)
+            if nth:
+                times[name].append(us)
+    return {name: min(us) for name, us in times.items()}
+
+
 def ours(kwargs: dict[str, Any], row: Row, backend: str) -> peers.Call:
     """Our call, its schedule made once and shared, as a model's layers do; or without one."""
     if backend.endswith(ALONE):
@@ -221,7 +243,7 @@ def makers(row: Row, kwargs: dict[str, Any], backends: list[str], absent: dict[s
     return {name: make for name, make in found.items() if name not in absent}
 
 
-def measure(row: Row, backends: list[str], absent: dict[str, str], rounds: int = 3) -> list[Result]:
+def measure(row: Row, backends: list[str], absent: dict[str, str]) -> list[Result]:
     """Check and time every kernel on a row; those that are right take turns."""
     kwargs = build(row)
     wanted = plain(row, kwargs, sorted({0, row.batch // 2, row.batch - 1}))
@@ -240,13 +262,7 @@ def measure(row: Row, backends: list[str], absent: dict[str, str], rounds: int =
     # A yardstick and no peer: PyTorch reads as many bytes, one after the other, and keeps their maximum.
     data = torch.zeros(must_move(row) // 8, dtype=torch.int64, device="cuda")
     calls[PURE_READ] = data.max
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for nth in range(rounds + 1):
-        for name, call in calls.items():
-            us = microseconds(call, 30)
-            if nth:
-                times[name].append(us)
-    done = [Result(name, min(us), "") for name, us in times.items()]
+    done = [Result(name, us, "") for name, us in take_turns(calls).items()]
     return done[:-1] + results + done[-1:]  # ours first, the pure read last
 
 
@@ -266,43 +282,59 @@ class Bench(NamedTuple):
     rows: list[tuple[Row, list[Result]]]
 
 
-def main(rows: list[Row], description: str, backends: tuple[str, ...]) -> Bench:
-    """Read the command line, print the table as it is measured, append one JSON line a measurement."""
+def options_parser(description: str) -> argparse.ArgumentParser:
+    """The options of every benchmark here."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="from ../shared/peers/get_peers")
     parser.add_argument("--json", type=Path, help="append one line a measurement to this file")
-    parser.add_argument("--backend", nargs="+", default=list(backends), help="ours to time")
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--plot", type=Path, help="draw the roofline into this file")
     parser.add_argument("--commit", default=commit(), help="where git cannot tell")
-    options = parser.parse_args()
-    absent = peers.load(options.peers)
+    return parser
+
+
+def start(commit: str, absent: dict[str, str]) -> dict[str, Any]:
+    """Measure the ceilings and print the head of the table; device, versions, ceilings."""
     for name, why in absent.items():
         print(f"absent: {name}: {why}")
     top = ceilings()
     facts = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "anystride": anystride.__version__, "commit": options.commit, **top,
+        "anystride": anystride.__version__, "commit": commit, **top,
     }  # fmt: skip
     print(
         f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}: "
         f"read {top['read'] / 1e9:.0f} GB/s, copy {top['copy'] / 1e9:.0f} GB/s, "
         f"bf16 product {top['product'] / 1e12:.0f} TFLOP/s\n"
     )
+    return facts
+
+
+def append(path: Path, facts: dict[str, Any], name: str, results: list[Result], **more: int) -> None:
+    """One JSON line a measurement of a row."""
+    with path.open("a") as file:
+        for result in results:
+            line = {**facts, "case": name, "kernel": result.kernel}
+            line |= {"us": result.us if result.us > 0 else None, "note": result.note, **more}
+            file.write(json.dumps(line) + "\n")
+
+
+def main(rows: list[Row], description: str, backends: tuple[str, ...]) -> Bench:
+    """Read the command line, print the table as it is measured, append one JSON line a measurement."""
+    parser = options_parser(description)
+    parser.add_argument("--backend", nargs="+", default=list(backends), help="ours to time")
+    parser.add_argument("--plot", type=Path, help="draw the roofline into this file")
+    options = parser.parse_args()
+    absent = peers.load(options.peers)
+    facts = start(options.commit, absent)
     done = []
     for row in rows:
         if options.only not in row.name:
             continue
         results = measure(row, options.backend, absent)
         done.append((row, results))
-        print(line_of(row, results, top), flush=True)
+        print(line_of(row, results, facts), flush=True)
         if options.json:
-            with options.json.open("a") as file:
-                for result in results:
-                    line = {**facts, "case": row.name, "kernel": result.kernel}
-                    line |= {"us": result.us if result.us > 0 else None}
-                    line |= {"note": result.note, "bytes": must_move(row), "flop": operations(row)}
-                    file.write(json.dumps(line) + "\n")
+            append(options.json, facts, row.name, results, bytes=must_move(row), flop=operations(row))
         torch.cuda.empty_cache()
     bench = Bench(facts, done)
     if options.plot:
@@ -310,13 +342,14 @@ def main(rows: list[Row], description: str, backends: tuple[str, ...]) -> Bench:
     return bench
 
 
-def line_of(row: Row, results: list[Result], top: dict[str, float]) -> str:
+def in_words(result: Result) -> str:
+    """A cell of the table: a time in us, or why there is none."""
+    return f"{result.kernel} {result.us:.1f}" if result.us > 0 else f"{result.kernel} {result.note}"
+
+
+def line_of(row: Row, results: list[Result], top: dict[str, Any]) -> str:
     """One row of the table: times, and for the first kernel its rates and shares of the ceilings."""
-    cells = [f"{row.name:<40}"]
-    for result in results:
-        cells.append(
-            f"{result.kernel} {result.us:.1f}" if result.us > 0 else f"{result.kernel} {result.note}"
-        )
+    cells = [f"{row.name:<40}", *map(in_words, results)]
     first = results[0]
     if first.us > 0:
         rate, flops = must_move(row) / first.us * 1e6, operations(row) / first.us * 1e6

@@ -16,7 +16,7 @@ from decode import (
     Row,
     best_peer,
     build,
-    host_microseconds,
+    host_medians,
     main,
     makers,
     print_ratios,
@@ -45,7 +45,7 @@ def summary(bench: Bench) -> None:
         )
 
 
-def host_times(bench: Bench, rounds: int = 15) -> None:
+def host_times(bench: Bench) -> None:
     """What a call takes of the host's time: medians, and PyTorch's for one kernel as a yardstick."""
     one = torch.zeros(64, device="cuda")
     for row, results in bench.rows:
@@ -56,13 +56,7 @@ def host_times(bench: Bench, rounds: int = 15) -> None:
         found = makers(row, kwargs, ["hopper", "hopper" + ALONE, "triton"], {})
         calls = {name: make() for name, make in found.items() if name in timed or name == "anystride triton"}
         calls["torch add_"] = lambda: one.add_(1)
-        for call in calls.values():
-            call()
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(rounds):
-            for name, call in calls.items():
-                times[name].append(host_microseconds(call))
-        cells = [f"{name} {sorted(some)[rounds // 2]:.1f}" for name, some in times.items()]
+        cells = [f"{name} {us:.1f}" for name, us in host_medians(calls).items()]
         print(f"host, {row.name}: {' | '.join(cells)} us")
 
 
