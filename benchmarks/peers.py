@@ -1,11 +1,13 @@
 """The peers' kernels, each called as its own project calls it.
 
-``../shared/peers/get_peers DIR`` puts them into a folder, which every function here takes. Each maker returns
-a callable without arguments that runs one call, or raises ``Absent`` with the reason.
+``../shared/peers/get_peers DIR`` puts them into a folder, which is given to what loads them. Each maker
+returns a callable without arguments that runs one call, or raises ``Absent`` with the reason.
 """
 
 from __future__ import annotations
 
+import enum
+import functools
 import importlib.util
 import lzma
 import subprocess
@@ -25,6 +27,13 @@ class Absent(Exception):
     """The peer cannot be had here, or does not take this case."""
 
 
+class KVQuantMode(enum.Enum):
+    """In place of vLLM's: what its store kernels ask for."""
+
+    INT4_PER_TOKEN_HEAD = enum.auto()
+    FP8_PER_TOKEN_HEAD = enum.auto()
+
+
 def load(peers: Path) -> dict[str, str]:
     """Load the compiled peers and the one Triton file; a reason for each that is not there."""
     absent = {}
@@ -38,7 +47,7 @@ def load(peers: Path) -> dict[str, str]:
         except OSError as error:
             absent[name] = str(error)
     try:
-        _load_vllm_triton(peers)
+        _load_vllm_file(peers, "triton_decode_attention.py", "vllm_triton_decode")
     except (OSError, ImportError) as error:
         absent["vLLM Triton"] = str(error)
     try:
@@ -111,29 +120,69 @@ def flashinfer_mla(kwargs: dict[str, Any], d_v: int) -> Call:
     return run
 
 
-def _load_vllm_triton(peers: Path) -> None:
-    """Import vLLM's decode kernel file alone; what it wants of vLLM is two names."""
+def _load_vllm_file(peers: Path, file: str, name: str) -> None:
+    """Import one file of vLLM's kernels alone; what these want of vLLM is a few names."""
     import triton
     import triton.language as tl
 
     platform = types.SimpleNamespace(
-        is_rocm=lambda: False, is_cuda=lambda: True, is_xpu=lambda: False, is_cuda_alike=lambda: True
-    )
-    for name, content in (
+        is_rocm=lambda: False, is_cuda=lambda: True, is_xpu=lambda: False, is_cuda_alike=lambda: True,
+        fp8_dtype=lambda: torch.float8_e4m3fn,
+        has_device_capability=functools.cache(lambda n: torch.cuda.get_device_capability() >= divmod(n, 10)),
+    )  # fmt: skip
+    quantisation = {"FP8_DTYPE": torch.float8_e4m3fn, "get_fp8_min_max": lambda: (-448.0, 448.0)}
+    for wanted, content in (
         ("vllm", {}),
         ("vllm.platforms", {"current_platform": platform}),
         ("vllm.triton_utils", {"tl": tl, "triton": triton}),
+        ("vllm.model_executor.layers.quantization.utils.quant_utils", quantisation),
+        ("vllm.utils.torch_utils", {"is_quantized_kv_cache": lambda dtype: dtype.startswith("fp8")}),
+        ("vllm.v1.kv_cache_interface", {"KVQuantMode": KVQuantMode}),
     ):
-        module = types.ModuleType(name)
+        module = types.ModuleType(wanted)
         module.__dict__.update(content)
-        sys.modules.setdefault(name, module)
-    path = peers / "vllm/v1/attention/ops/triton_decode_attention.py"
-    spec = importlib.util.spec_from_file_location("vllm_triton_decode", path)
+        sys.modules.setdefault(wanted, module)
+    path = peers / "vllm/v1/attention/ops" / file
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(str(path))
     module = importlib.util.module_from_spec(spec)
-    sys.modules["vllm_triton_decode"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
+
+
+def load_store(peers: Path) -> dict[str, str]:
+    """Load vLLM's store kernels; the reason if they are not there."""
+    try:
+        _load_vllm_file(peers, "triton_reshape_and_cache_flash.py", "vllm_triton_store")
+    except (OSError, ImportError) as error:
+        return {"vLLM Triton": str(error)}
+    return {}
+
+
+def vllm_store(
+    key: torch.Tensor, value: torch.Tensor, caches: tuple[torch.Tensor, ...], slots: torch.Tensor, scale: Any
+) -> Call:
+    """vLLM's Triton store kernels through their launchers: K and V with heads, or MLA's row as one.
+
+    MLA's row goes to the kernel for rows of K|V with a head of each width. ``scale``: None, of the whole
+    cache, or a pair of float32 ``[num_blocks, block_size, num_kv_heads]`` to be written.
+    """
+    store = sys.modules["vllm_triton_store"]
+    if isinstance(scale, tuple):
+        run, more = store.triton_reshape_and_cache_flash_per_token_head_quant, KVQuantMode.FP8_PER_TOKEN_HEAD
+        return lambda: run(key, value, *caches, *scale, slots, more)
+    if isinstance(scale, torch.Tensor) and scale.dim():
+        raise Absent("one scale for the whole cache only")
+    dtype = "auto" if caches[0].itemsize > 1 else "fp8"
+    one = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32, device=key.device)
+    if len(caches) == 1:
+        run = store.triton_reshape_and_cache_flash_diffkv
+    elif caches[0].stride() == caches[1].stride():
+        run = store.triton_reshape_and_cache_flash
+    else:
+        raise Absent("K and V of the same strides only")
+    return lambda: run(key, value, *caches, slots, dtype, one, one)
 
 
 def flash_mla(kwargs: dict[str, Any], d_v: int) -> Call:

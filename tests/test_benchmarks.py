@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +14,12 @@ import torch
 pytest.importorskip("triton")
 if TYPE_CHECKING:
     import decode
+    import store
 else:
     with pytest.MonkeyPatch.context() as path:
         path.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-        decode, _mla, _gqa, _small = map(
-            importlib.import_module, ("decode", "mla_decode", "gqa_decode", "small_batches")
+        decode, store, _mla, _gqa, _small = map(
+            importlib.import_module, ("decode", "store", "mla_decode", "gqa_decode", "small_batches")
         )
 
 ROWS = [
@@ -53,3 +55,72 @@ def test_rows_have_names_of_their_own() -> None:
     modules = [sys.modules[name] for name in ("mla_decode", "gqa_decode", "small_batches")]
     rows = [row for module in modules for row in (*module.ROWS, *getattr(module, "LAYOUTS", ()))]
     assert len({row.name for row in rows}) == len(rows) > 60
+    assert len({row.name for row in store.ROWS}) == len(store.ROWS) > 60
+
+
+STORES = [
+    *(store.Row(kind, 24, blocks=8, **fields) for kind, fields in store.KINDS.items()),
+    *(row._replace(tokens=24, blocks=8) for row in store.LAYOUTS),
+    *(row._replace(tokens=5 * store.BLOCK, blocks=8) for row in store.BLOCKS),
+]
+
+
+@pytest.mark.parametrize("row", STORES, ids=lambda row: row.name)
+def test_a_store_is_built_and_its_check_knows_right_from_wrong(row: store.Row) -> None:
+    case = store.build(row, "cpu", "cpu")
+    calls, refused = store.right_calls(case, {store.VLLM: "needs a GPU"})
+    assert store.OURS in calls
+    assert not refused
+    assert "numbers off" in store.fault_of(case, lambda: None)
+    view, _wanted = case.places[-1]
+    taken = set(zip(*(index.tolist() for index in case.where), strict=True))
+    places = itertools.product(*map(range, view.shape[: len(case.where)]))
+    free = next((place for place in places if place not in taken), None)
+    if free is not None:
+
+        def also_beside() -> None:
+            calls[store.OURS]()
+            store.bits(view)[free] ^= 1
+
+        assert "beside" in store.fault_of(case, also_beside)
+    assert store.fault_of(case, calls[store.OURS]) == ""
+    store.plain_copy(case)()
+
+
+def test_a_store_counts_what_it_reads_and_what_it_writes() -> None:
+    kinds = (
+        "bf16",
+        "e4m3, scale a number",
+        "e4m3, scales written",
+        "MLA, bf16",
+        "MLA, e4m3",
+        "MLA, 656 bytes",
+    )
+    moved = [
+        store.must_move(store.build(store.Row(kind, 3, blocks=4, **store.KINDS[kind]), "cpu"))
+        for kind in kinds
+    ]
+    gqa, mla = 2 * 8 * 128, 576
+    a_token = [gqa * 4, gqa * 3, gqa * 3 + 2 * 8 * 4, mla * 4, mla * 3, mla * 2 + 656]
+    assert moved == [3 * n for n in a_token]
+
+
+def test_fp8_numbers_are_counted() -> None:
+    numbers = torch.tensor([-448.0, -1.0, -0.0, 0.0, 0.001953125, 1.0, 448.0]).to(torch.float8_e4m3fn)
+    assert store.steps(numbers, numbers) == 0
+    assert store.steps(numbers[2:4], numbers[3:5]) == 1
+    assert store.steps(numbers[:1], numbers[-1:]) == 2 * 0x7E
+
+
+def test_what_was_stored_is_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    row = store.Row("one", 4096)
+    results = [
+        decode.Result(store.OURS, 10.0, ""),
+        decode.Result(store.VLLM, 9.0, ""),
+        decode.Result(store.COPY, 8.0, ""),
+    ]
+    assert "anystride triton 10.0" in store.line_of(row, results, 4000, 1e9)
+    store.summary([(row, results), (row, [decode.Result(store.OURS, float("nan"), "WRONG"), results[-1]])])
+    told = capsys.readouterr().out
+    assert "0.800 of a copy's speed (target 0.85), 0.900 of vLLM's" in told
+    assert "slower than the best peer: one: 0.900" in told
