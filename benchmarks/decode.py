@@ -22,9 +22,13 @@ import torch
 import triton
 
 import anystride
+from anystride.problem import BITS
 
 PURE_READ = "pure read"
 ALONE = " without a schedule"  # behind the name of a back end
+E4M3 = torch.float8_e4m3fn
+SCALE = 0.05  # of fp8 rows, or the mean of many
+GROUPS = 4  # with a scale each, of a mixed row's latent part
 
 
 class Row(NamedTuple):
@@ -45,6 +49,12 @@ class Row(NamedTuple):
     layout: str = "halves"  # or "heads first" within each, "interleaved" by token, "rows" of K|V
     window: int = -1  # keys before a query's own that it sees; -1: all
     sinks: bool = False
+    kv: str = ""  # bf16; or "e4m3"; "e4m3 rows" with a scale each; "mixed", MLA's 656 bytes
+
+
+def is_mla(row: Row) -> bool:
+    """Whether V lies in K's row."""
+    return row.kv_heads == 1 and row.d_v < row.d_qk
 
 
 def lengths_of(row: Row) -> list[int]:
@@ -54,6 +64,64 @@ def lengths_of(row: Row) -> list[int]:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(row.batch, generator=generator)
     return (row.keys * (1 + 0.5 * noise)).clamp(row.q_len, 2 * row.keys).int().tolist()
+
+
+def fill(cache: torch.Tensor) -> None:
+    """Normal numbers with a standard deviation of 0.5, in fp8 once they are scaled; a part at a time."""
+    for part in cache.split(4096):
+        if cache.dtype == E4M3:
+            part.copy_(torch.empty_like(part, dtype=torch.bfloat16).normal_(std=0.5 / SCALE))
+        else:
+            part.normal_(std=0.5)
+
+
+def new_store(row: Row, blocks: int, on: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A buffer for all layers, and the part of each block that is the middle layer's."""
+    dtype = {"": torch.bfloat16, "mixed": torch.uint8}.get(row.kv, E4M3)
+    width = row.kv_heads * row.block * (row.d_qk if is_mla(row) else row.d_qk + row.d_v)
+    if row.kv == "mixed":
+        width = row.block * bytes_of_key(row)
+    store = torch.empty(blocks, row.layers, width + row.pad, dtype=dtype, device=on)
+    return store, store[:, row.layers // 2, :width]
+
+
+def halves_of(row: Row, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V in the row's layout, views."""
+    if row.kv == "mixed":  # the latent part, its scales, the rope part
+        page = page.unflatten(1, (row.block, 1, -1))
+        return page[..., row.d_v + 4 * GROUPS :].view(torch.bfloat16), page[..., : row.d_v].view(E4M3)
+    if is_mla(row):
+        page = page.unflatten(1, (row.block, 1, row.d_qk))
+        return page, page[..., : row.d_v]
+    if row.layout == "rows":
+        page = page.unflatten(1, (row.block, row.kv_heads, row.d_qk + row.d_v))
+        return page[..., : row.d_qk], page[..., row.d_qk :]
+    if row.layout == "interleaved":
+        k, v = page.unflatten(1, (row.block, 2, row.kv_heads, row.d_qk)).unbind(2)
+        return k, v
+    shape = (row.block, row.kv_heads, row.d_qk)
+    if row.layout == "heads first":
+        shape = (row.kv_heads, row.block, row.d_qk)
+    k, v = (half.unflatten(1, shape) for half in page.chunk(2, 1))
+    if row.layout == "heads first":
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    return k, v
+
+
+def scales_of(row: Row, page: torch.Tensor) -> dict[str, Any]:
+    """The scales of fp8 as arguments: beside the cache, or within a mixed row."""
+    if row.kv == "e4m3":
+        return {"k_descale": SCALE, "v_descale": SCALE}
+    found: dict[str, Any] = {}
+    if row.kv == "mixed":
+        scales = page.unflatten(1, (row.block, -1))[..., row.d_v : row.d_v + 4 * GROUPS]
+        found["v_scale_cache"] = scales.view(torch.float32)
+    if row.kv == "e4m3 rows":
+        k, v = torch.empty(2, len(page), row.block, row.kv_heads, device=page.device)
+        found = {"k_scale_cache": k, "v_scale_cache": k if is_mla(row) else v}
+    for scales in found.values():
+        scales.uniform_(0.5 * SCALE, 1.5 * SCALE)
+    return found
 
 
 def build(row: Row, on: str = "cuda") -> dict[str, Any]:
@@ -68,52 +136,56 @@ def build(row: Row, on: str = "cuda") -> dict[str, Any]:
     for seq, n in enumerate(blocks):
         table[seq, :n] = ids[at : at + n]
         at += n
-    mla = row.kv_heads == 1 and row.d_v < row.d_qk
-    width = row.kv_heads * row.block * (row.d_qk if mla else row.d_qk + row.d_v)
-    store = torch.empty(total, row.layers, width + row.pad, dtype=dtype, device=device)
-    for begin in range(0, total, 4096):
-        store[begin : begin + 4096].normal_(std=0.5)
-    page = store[:, row.layers // 2, :width]
-    if mla:
-        k = page.unflatten(1, (row.block, 1, row.d_qk))
-        v = k[..., : row.d_v]
-    elif row.layout == "rows":
-        page = page.unflatten(1, (row.block, row.kv_heads, row.d_qk + row.d_v))
-        k, v = page[..., : row.d_qk], page[..., row.d_qk :]
-    elif row.layout == "interleaved":
-        k, v = page.unflatten(1, (row.block, 2, row.kv_heads, row.d_qk)).unbind(2)
+    store, page = new_store(row, total, device)
+    k, v = halves_of(row, page)
+    more = scales_of(row, page)
+    q = torch.randn(row.batch * row.q_len, row.q_heads, row.d_qk, dtype=dtype, device=device)
+    if row.kv == "mixed":
+        fill(v)
+        fill(k)
+        more["q_v"], q = q[..., : row.d_v], q[..., row.d_v :]
     else:
-        shape = (row.block, row.kv_heads, row.d_qk)
-        if row.layout == "heads first":
-            shape = (row.kv_heads, row.block, row.d_qk)
-        k, v = (half.unflatten(1, shape) for half in page.chunk(2, 1))
-        if row.layout == "heads first":
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-    more: dict[str, Any] = {}
+        fill(store)
     if row.window >= 0:
         more["window_size"] = (row.window, 0)
     if row.sinks:
         more["s_aux"] = torch.randn(row.q_heads, dtype=dtype, device=device)
-    q = torch.randn(row.batch * row.q_len, row.q_heads, row.d_qk, dtype=dtype, device=device)
     return {
         "q": q, "k": k, "v": v, "max_seqlen_q": row.q_len,
         "cu_seqlens_q": torch.arange(row.batch + 1, dtype=torch.int32, device=device) * row.q_len,
         "max_seqlen_k": max(lengths), "seqused_k": torch.tensor(lengths, dtype=torch.int32, device=device),
-        "block_table": table.to(device), "softmax_scale": (192 if mla else row.d_qk) ** -0.5,
+        "block_table": table.to(device), "softmax_scale": (192 if is_mla(row) else row.d_qk) ** -0.5,
         "causal": row.q_len > 1,
     } | more  # fmt: skip
+
+
+def rows_of(kwargs: dict[str, Any], name: str, ids: torch.Tensor) -> torch.Tensor:
+    """Some blocks' rows of K or V as float32 ``[tokens, heads, d]``, by their scales."""
+    cache: torch.Tensor = kwargs[name]
+    rows = cache.view(BITS[cache.itemsize])[ids].view(cache.dtype)  # PyTorch moves no fp8 by index
+    rows = rows.flatten(0, 1).float()
+    factors: torch.Tensor | float = kwargs.get(f"{name}_descale", 1.0)
+    scales: torch.Tensor | None = kwargs.get(f"{name}_scale_cache")
+    if scales is not None:
+        factors = scales[ids].flatten(0, 1)[..., None]  # of a head, or of groups of the only one
+        if rows.shape[1] == 1:
+            factors = factors.repeat_interleave(rows.shape[2] // scales.shape[-1], 1).transpose(1, 2)
+    return rows * factors
 
 
 def plain(row: Row, kwargs: dict[str, Any], sequences: list[int]) -> dict[int, torch.Tensor]:
     """Plain float32 attention for some sequences."""
     results = {}
-    k, v, table = kwargs["k"], kwargs["v"], kwargs["block_table"]
     for seq in sequences:
         n = int(kwargs["seqused_k"][seq])
-        ids = table[seq, : -(-n // row.block)].long()
-        keys, values = (cache[ids].flatten(0, 1)[:n].float() for cache in (k, v))
-        q = kwargs["q"][seq * row.q_len : (seq + 1) * row.q_len].float().unflatten(1, (row.kv_heads, -1))
-        scores = torch.einsum("qhgd,nhd->hgqn", q, keys) * kwargs["softmax_scale"]
+        ids = kwargs["block_table"][seq, : -(-n // row.block)].long()
+        keys, values = (rows_of(kwargs, name, ids)[:n] for name in ("k", "v"))
+        scores = torch.zeros((), device=ids.device)
+        for name, rows in (("q", keys), ("q_v", values)):
+            if name in kwargs:
+                q = kwargs[name][seq * row.q_len : (seq + 1) * row.q_len].float()
+                q = q.unflatten(1, (row.kv_heads, -1))
+                scores = scores + torch.einsum("qhgd,nhd->hgqn", q, rows) * kwargs["softmax_scale"]
         where = torch.arange(n, device=q.device)
         last = n - row.q_len + torch.arange(row.q_len, device=q.device)[:, None]
         hidden = where > last
@@ -144,10 +216,18 @@ def keys_seen(row: Row) -> int:
     return sum(min(n, most) for n in lengths_of(row))
 
 
+def bytes_of_key(row: Row) -> int:
+    """Bytes of a key's rows in all heads, shared bytes once, with the scales that lie with them."""
+    if row.kv == "mixed":
+        return row.d_v + 4 * GROUPS + 2 * (row.d_qk - row.d_v)
+    numbers, scales = (row.d_qk, 1) if is_mla(row) else (row.d_qk + row.d_v, 2)
+    a_head = numbers * (1 if row.kv else 2) + 4 * (scales if row.kv == "e4m3 rows" else 0)
+    return row.kv_heads * a_head
+
+
 def must_move(row: Row) -> int:
     """Bytes: each valid row once (shared bytes once), q and out."""
-    per_key = row.kv_heads * (row.d_qk + (0 if row.d_v < row.d_qk else row.d_v)) * 2
-    return keys_seen(row) * per_key + 2 * row.q_len * row.batch * row.q_heads * (row.d_qk + row.d_v)
+    return keys_seen(row) * bytes_of_key(row) + 2 * row.q_len * row.batch * row.q_heads * (row.d_qk + row.d_v)
 
 
 def operations(row: Row) -> int:
@@ -211,7 +291,7 @@ def ours(kwargs: dict[str, Any], row: Row, backend: str) -> peers.Call:
         backend = backend.removesuffix(ALONE)
         return lambda: anystride.flash_attn_varlen_func(**kwargs, backend=backend)
     metadata = anystride.get_scheduler_metadata(
-        row.batch, row.q_len, kwargs["max_seqlen_k"], row.q_heads, row.kv_heads, row.d_qk,
+        row.batch, row.q_len, kwargs["max_seqlen_k"], row.q_heads, row.kv_heads, kwargs["q"].shape[-1],
         kwargs["seqused_k"], torch.bfloat16, row.d_v, kwargs["cu_seqlens_q"], causal=kwargs["causal"],
         window_size=kwargs.get("window_size", (-1, -1)),
     )  # fmt: skip
@@ -228,18 +308,20 @@ class Result(NamedTuple):
 
 def makers(row: Row, kwargs: dict[str, Any], backends: list[str], absent: dict[str, str]) -> dict[str, Any]:
     """Every kernel that may take the row."""
-    mla = row.kv_heads == 1 and row.d_v < row.d_qk
+    mla = is_mla(row)
     found: dict[str, Callable[[], peers.Call]] = {
         f"anystride {backend}": lambda backend=backend: ours(kwargs, row, backend)  # type: ignore[misc]
         for backend in backends
     }
-    if mla:
-        found["FlashMLA"] = lambda: peers.flash_mla(kwargs, row.d_v)
-        found["FlashInfer"] = lambda: peers.flashinfer_mla(kwargs, row.d_v)
-    else:
-        found["FlashInfer"] = lambda: peers.flashinfer_gqa(kwargs)
-    found["FA3"] = lambda: peers.fa3(kwargs, mla)
-    found["vLLM Triton"] = lambda: peers.vllm_triton(kwargs, mla)
+    if row.kv in ("", "e4m3"):  # one scale is all that peers know
+        if not mla:
+            found["FlashInfer"] = lambda: peers.flashinfer_gqa(kwargs)
+        found["vLLM Triton"] = lambda: peers.vllm_triton(kwargs, mla)
+    if not row.kv:
+        if mla:
+            found["FlashMLA"] = lambda: peers.flash_mla(kwargs, row.d_v)
+            found["FlashInfer"] = lambda: peers.flashinfer_mla(kwargs, row.d_v)
+        found["FA3"] = lambda: peers.fa3(kwargs, mla)
     return {name: make for name, make in found.items() if name not in absent}
 
 
@@ -318,13 +400,18 @@ def append(path: Path, facts: dict[str, Any], name: str, results: list[Result], 
             file.write(json.dumps(line) + "\n")
 
 
-def main(rows: list[Row], description: str, backends: tuple[str, ...]) -> Bench:
+def main(
+    rows: list[Row], description: str, backends: tuple[str, ...], without: tuple[str, ...] = ()
+) -> Bench:
     """Read the command line, print the table as it is measured, append one JSON line a measurement."""
     parser = options_parser(description)
     parser.add_argument("--backend", nargs="+", default=list(backends), help="ours to time")
+    parser.add_argument(
+        "--without", nargs="+", action="extend", default=list(without), help="peers to leave out"
+    )
     parser.add_argument("--plot", type=Path, help="draw the roofline into this file")
     options = parser.parse_args()
-    absent = peers.load(options.peers)
+    absent = peers.load(options.peers, options.without)
     facts = start(options.commit, absent)
     done = []
     for row in rows:

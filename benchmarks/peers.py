@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +34,28 @@ class KVQuantMode(enum.Enum):
     FP8_PER_TOKEN_HEAD = enum.auto()
 
 
-def load(peers: Path) -> dict[str, str]:
+def load(peers: Path, without: Collection[str] = ()) -> dict[str, str]:
     """Load the compiled peers and the one Triton file; a reason for each that is not there."""
-    absent = {}
-    packed = peers / "_vllm_fa3_C.abi3.so.xz"
-    unpacked = Path("/tmp") / "_vllm_fa3_C.abi3.so"
+    absent = dict.fromkeys(without, "left out")
+    for name, do in (
+        ("FlashMLA", lambda: torch.ops.load_library(str(peers / "_flashmla_C.abi3.so"))),
+        ("FA3", lambda: _load_fa3(peers / "_vllm_fa3_C.abi3.so.xz")),
+        ("vLLM Triton", lambda: _load_vllm_file(peers, "triton_decode_attention.py", "vllm_triton_decode")),
+        ("FlashInfer", lambda: _load_flashinfer(peers / "wheels")),
+    ):
+        if name not in absent:
+            try:
+                do()
+            except (OSError, ImportError, subprocess.CalledProcessError) as error:
+                absent[name] = str(error)
+    return absent
+
+
+def _load_fa3(packed: Path) -> None:
+    unpacked = Path("/tmp") / packed.stem
     if packed.exists() and not unpacked.exists():
         unpacked.write_bytes(lzma.decompress(packed.read_bytes()))
-    for name, path in (("FlashMLA", peers / "_flashmla_C.abi3.so"), ("FA3", unpacked)):
-        try:
-            torch.ops.load_library(str(path))
-        except OSError as error:
-            absent[name] = str(error)
-    try:
-        _load_vllm_file(peers, "triton_decode_attention.py", "vllm_triton_decode")
-    except (OSError, ImportError) as error:
-        absent["vLLM Triton"] = str(error)
-    try:
-        _load_flashinfer(peers / "wheels")
-    except (OSError, ImportError, subprocess.CalledProcessError) as error:
-        absent["FlashInfer"] = str(error)
-    return absent
+    torch.ops.load_library(str(unpacked))
 
 
 def _load_flashinfer(wheels: Path) -> None:
@@ -100,7 +101,8 @@ def flashinfer_gqa(kwargs: dict[str, Any]) -> Call:
         starts, ids, (lengths - 1) % block + 1, q.shape[1], k.shape[2], q.shape[2], block,
         q_data_type=q.dtype, kv_data_type=k.dtype, sm_scale=kwargs["softmax_scale"],
     )  # fmt: skip
-    return lambda: wrapper.run(q, (k, v))
+    scales = {f"{name}_scale": kwargs[f"{name}_descale"] for name in "kv" if f"{name}_descale" in kwargs}
+    return lambda: wrapper.run(q, (k, v), **scales)
 
 
 def flashinfer_mla(kwargs: dict[str, Any], d_v: int) -> Call:
@@ -252,12 +254,12 @@ def vllm_triton(kwargs: dict[str, Any], is_mla: bool) -> Call:
     logits = torch.empty(
         q.shape[0], q.shape[1], splits, v.shape[-1] + 1, dtype=torch.float32, device=q.device
     )
-    one = torch.ones((), dtype=torch.float32, device=q.device)
+    k_scale, v_scale = (torch.tensor(kwargs.get(f"{name}_descale", 1.0), device=q.device) for name in "kv")
 
     def run() -> Any:
         decode(
             q, k, v, out, lse, kwargs["block_table"], kwargs["seqused_k"], logits, splits,
-            kwargs["softmax_scale"], k.shape[1], k_scale=one, v_scale=one, is_mla=is_mla,
+            kwargs["softmax_scale"], k.shape[1], k_scale=k_scale, v_scale=v_scale, is_mla=is_mla,
         )  # fmt: skip
         return out
 

@@ -14,12 +14,14 @@ import torch
 pytest.importorskip("triton")
 if TYPE_CHECKING:
     import decode
+    import fp8_decode
     import store
 else:
     with pytest.MonkeyPatch.context() as path:
         path.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-        decode, store, _mla, _gqa, _small = map(
-            importlib.import_module, ("decode", "store", "mla_decode", "gqa_decode", "small_batches")
+        decode, store, fp8_decode, _mla, _gqa, _small = map(
+            importlib.import_module,
+            ("decode", "store", "fp8_decode", "mla_decode", "gqa_decode", "small_batches"),
         )
 
 ROWS = [
@@ -31,6 +33,11 @@ ROWS = [
     decode.Row("rows", 3, 8, 2, 64, 64, 300, 16, layout="rows"),
     decode.Row("window", 3, 8, 2, 64, 64, 300, 16, window=127, sinks=True),
     decode.Row("window of several", 3, 8, 2, 64, 64, 300, 16, window=20, sinks=True, q_len=3),
+    decode.Row("mla, e4m3", 3, 8, 1, 576, 512, 300, kv="e4m3"),
+    decode.Row("mla, e4m3 rows", 3, 8, 1, 576, 512, 300, kv="e4m3 rows"),
+    decode.Row("mla, mixed", 3, 8, 1, 576, 512, 300, layers=2, pad=48, varied=True, kv="mixed"),
+    decode.Row("e4m3", 3, 8, 2, 64, 64, 300, 16, layout="rows", kv="e4m3"),
+    decode.Row("e4m3 rows", 3, 8, 2, 64, 64, 300, 16, q_len=2, kv="e4m3 rows"),
 ]
 
 
@@ -51,8 +58,45 @@ def test_a_window_counts_the_keys_in_it() -> None:
     assert decode.operations(window) * 300 == decode.operations(plain) * 128
 
 
+@pytest.mark.parametrize(
+    ("row", "a_key"),
+    [
+        (decode.Row("mla", 3, 8, 1, 576, 512, 300), {"": 1152, "e4m3": 576, "e4m3 rows": 580, "mixed": 656}),
+        (decode.Row("gqa", 3, 8, 2, 64, 64, 300), {"": 512, "e4m3": 256, "e4m3 rows": 256 + 16}),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_an_fp8_key_counts_its_numbers_and_its_scales(row: decode.Row, a_key: dict[str, int]) -> None:
+    for kv, size in a_key.items():
+        less = decode.must_move(row) - decode.must_move(row._replace(kv=kv))
+        assert less == 3 * 300 * (a_key[""] - size)
+
+
+def test_what_fp8_gains_is_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    def results(hopper: float, triton: float) -> list[decode.Result]:
+        times = {
+            "anystride triton": triton,
+            "anystride hopper": hopper,
+            "FlashInfer": 60.0,
+            decode.PURE_READ: 40.0,
+        }
+        return [decode.Result(name, us, "") for name, us in times.items()]
+
+    nan = float("nan")
+    times = {"": (100.0, 120.0), "e4m3": (50.0, 80.0), "mixed": (nan, 80.0)}
+    rows = [row for row in fp8_decode.ROWS if row.name.startswith(fp8_decode.MATRIX_BOUND)]
+    done = [(row, results(*times[row.kv])) for row in rows]
+    fp8_decode.summary(decode.Bench({"product": 1e15}, done))
+    told = capsys.readouterr().out
+    assert "hopper: bf16 100.0 | e4m3 50.0 (2.00 times as fast) | mixed nan" in told
+    assert "triton: bf16 120.0 | e4m3 80.0 (1.50 times as fast) | mixed 80.0 (1.50" in told
+    assert "e4m3: 2.000 of the speed of bf16 (target 1.0), 1.250 of the time of a pure read" in told
+    assert "mixed: 1.250 of the speed of bf16" in told
+    assert told.count("of the matrix ceiling (target 0.80)") == 2
+
+
 def test_rows_have_names_of_their_own() -> None:
-    modules = [sys.modules[name] for name in ("mla_decode", "gqa_decode", "small_batches")]
+    modules = [sys.modules[name] for name in ("mla_decode", "gqa_decode", "small_batches", "fp8_decode")]
     rows = [row for module in modules for row in (*module.ROWS, *getattr(module, "LAYOUTS", ()))]
     assert len({row.name for row in rows}) == len(rows) > 60
     assert len({row.name for row in store.ROWS}) == len(store.ROWS) > 60
