@@ -8,6 +8,7 @@ no ``scheduler_metadata`` was given.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,8 @@ def choose_tiles(problem: Problem, target: Target) -> Tiles:
     itemsize = max(problem.dtype.itemsize, 2)
     key_dims = problem.d_qk - (problem.d_v if problem.relation.kind == "v_in_k" else 0)
     width = sum(pieces(problem.d_v)) + (sum(pieces(key_dims)) if key_dims else 0)
+    if problem.relation.kind == "v_in_k" and is_scaled(problem):
+        width += sum(pieces(problem.d_v))  # a tile as K and one as V
     wide = problem.d_v > 256
     m = rows.tile
     if problem.dtype == torch.float32:
@@ -133,10 +136,25 @@ class Config:
 
 def refusals(problem: Problem) -> list[str]:
     """Every reason why the Triton kernels cannot run the problem here."""
-    reasons = device_refusals(problem.device)
-    if problem.k_scale_groups or problem.v_scale_groups:
-        reasons.append("scale caches were given; needs None")
-    return reasons
+    return device_refusals(problem.device)
+
+
+def is_scaled(problem: Problem) -> bool:
+    """Whether rows of the cache have scales of their own."""
+    return problem.k_scale_groups > 0 or problem.v_scale_groups > 0
+
+
+def scale_run(groups: int, d: int, starts: tuple[int, ...], widths: tuple[int, ...]) -> int:
+    """Dimensions, a power of two, that lie in one of the groups of a row wherever a tile cuts it.
+
+    Args:
+        groups: Of the row.
+        d: Dimensions of the row.
+        starts: Where in the row V begins and ends, if it lies there.
+        widths: Of the pieces of a tile; those that are none are 0.
+    """
+    whole = gcd(d // max(groups, 1), *starts)
+    return min(whole & -whole, *(width for width in widths if width))
 
 
 def is_narrow(strides: tuple[int, ...]) -> bool:
@@ -163,6 +181,9 @@ def config_for(problem: Problem, target: Target) -> Config:
     k_pieces = pieces(key_dims) if key_dims else (16, 0)
     v_pieces = pieces(problem.d_v)
     native = target.backend == "cuda" and target.arch >= 89
+    k_groups, v_groups = problem.k_scale_groups, problem.v_scale_groups
+    v_starts = (problem.relation.offset, problem.d_v) if v_in_k else ()
+    k_widths = (*k_pieces, *v_pieces) if v_in_k else k_pieces
     constants = {
         "GROUP_SIZE": problem.group_size,
         "BLOCK_SIZE": problem.block_size if problem.paged else 0,
@@ -195,6 +216,12 @@ def config_for(problem: Problem, target: Target) -> Config:
         "HAS_RIGHT": problem.window_right >= 0,
         "HAS_SOFTCAP": problem.softcap > 0,
         "HAS_DESCALES": problem.has_k_descale or problem.has_v_descale,
+        "K_GROUPS": k_groups,
+        "K_GROUP_DIMS": problem.d_qk // max(k_groups, 1),
+        "K_RUN": scale_run(k_groups, problem.d_qk, v_starts, k_widths),
+        "V_GROUPS": v_groups,
+        "V_GROUP_DIMS": problem.d_v // max(v_groups, 1),
+        "V_RUN": scale_run(v_groups, problem.d_v, (), v_pieces),
         "CP_WORLD_SIZE": problem.cp_world_size,
         "CP_INTERLEAVE": problem.cp_interleave,
         "SCHEDULED": split.scheduled,
@@ -214,6 +241,16 @@ def _descale(name: str, descale: Tensor | float | None) -> tuple[Any, int, int]:
     if descale.numel() == 1:
         return Pointer(name), 0, 0
     return Pointer(name), descale.stride(0), descale.stride(1)
+
+
+def _scales(
+    name: str, scales: Tensor | None, strides: tuple[int, ...]
+) -> tuple[Pointer | None, int | None, int | None, int | None, int | None, int | None]:
+    """Pointer and strides; None, which is no parameter of a compiled kernel, where there are no scales."""
+    if scales is None:
+        return None, None, None, None, None, None
+    page, block, token, head, group = strides
+    return Pointer(name), page, block, token, head, group
 
 
 def _factor(descale: Tensor | float | None) -> float:
@@ -236,6 +273,8 @@ def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
         *_descale("q_descale", call.q_descale),
         *_descale("k_descale", call.k_descale),
         *_descale("v_descale", call.v_descale),
+        *_scales("k_scale_cache", call.k_scale_cache, problem.k_scale_strides),
+        *_scales("v_scale_cache", call.v_scale_cache, problem.v_scale_strides),
         schedule(split, call), *results(problem, call), Pointer("partial"), split.partial_lines,
         problem.softmax_scale * _factor(call.q_descale), problem.softcap,
         _factor(call.k_descale), _factor(call.v_descale),

@@ -38,6 +38,10 @@ RUNTIME = [
     "stride_q_descale_seq", "stride_q_descale_head",
     "stride_k_descale_seq", "stride_k_descale_head",
     "stride_v_descale_seq", "stride_v_descale_head",
+    "stride_k_scale_page", "stride_k_scale_block", "stride_k_scale_token", "stride_k_scale_head",
+    "stride_k_scale_group",
+    "stride_v_scale_page", "stride_v_scale_block", "stride_v_scale_token", "stride_v_scale_head",
+    "stride_v_scale_group",
     "stride_out_token", "stride_out_head", "stride_out_dim", "stride_lse_head",
     "batch", "num_parts", "window_left", "window_right", "cp_rank",
     "units_per_seq", "splits_per_unit", "steps_per_split", "rows_per_unit", "partial_lines",
@@ -45,7 +49,8 @@ RUNTIME = [
 # Small tensors whose base address may be anything: their loads are scalar or short.
 UNALIGNED = [
     "block_table_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr", "cp_tot_ptr",
-    "alibi_ptr", "sinks_ptr", "q_descale_ptr", "k_descale_ptr", "v_descale_ptr", "metadata_ptr",
+    "alibi_ptr", "sinks_ptr", "q_descale_ptr", "k_descale_ptr", "v_descale_ptr",
+    "k_scale_cache_ptr", "v_scale_cache_ptr", "metadata_ptr",
 ]  # fmt: skip
 
 
@@ -69,6 +74,51 @@ def fp8_to(x, DTYPE: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
             half = tl.where((bits & 0x7F) == 0x7F, 0x7E00, half).to(tl.uint16)
             wide = half.to(tl.float16, bitcast=True) * 256.0
     return wide.to(DTYPE)
+
+
+@triton.jit
+def scale_offsets(
+    block, positions, kv_head, stride_page, stride_block, stride_token, stride_head,
+    BLOCK_SIZE: tl.constexpr, BLOCKS_PER_PAGE: tl.constexpr,
+):  # fmt: skip
+    """Where the scales of a tile's rows begin, ``[TILE_N]``, 64-bit.
+
+    ``block``: ids, one or ``[TILE_N]``; without a block table the row in which the sequence begins.
+    """
+    offsets = kv_head.to(tl.int64) * stride_head
+    if BLOCK_SIZE == 0:
+        offsets += (block + positions) * stride_token
+    else:
+        offsets += (block // BLOCKS_PER_PAGE).to(tl.int64) * stride_page
+        offsets += (block % BLOCKS_PER_PAGE).to(tl.int64) * stride_block
+        offsets += (positions % BLOCK_SIZE).to(tl.int64) * stride_token
+    return offsets
+
+
+@triton.jit
+def dequantise(
+    x, dims, scale_ptr, offsets, stride_group, mask_n, DTYPE: tl.constexpr, FORMAT: tl.constexpr,
+    NATIVE: tl.constexpr, GROUPS: tl.constexpr, GROUP_DIMS: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """A tile ``[rows, D]`` of the cache in the dtype of the products, times its scales if it has any.
+
+    A row has GROUPS scales, from its offset on, for GROUP_DIMS dimensions each; ``dims`` ``[D]`` says which
+    these are. RUN of them at a time, a power of two, belong to one group.
+    """
+    if GROUPS == 0:
+        wide = fp8_to(x, DTYPE, FORMAT, NATIVE)
+    elif GROUPS == 1:
+        scales = tl.load(scale_ptr + offsets, mask=mask_n, other=0.0)  # [rows]
+        wide = (fp8_to(x, tl.float32, FORMAT, NATIVE) * scales[:, None]).to(DTYPE)
+    else:
+        RUNS: tl.constexpr = x.shape[1] // RUN
+        group = tl.min(tl.reshape(dims, [RUNS, RUN]), 1) // GROUP_DIMS  # [RUNS]
+        ptrs = scale_ptr + offsets[:, None] + group[None, :].to(tl.int64) * stride_group
+        mask = mask_n[:, None] & (group < GROUPS)[None, :]
+        scales = tl.load(ptrs, mask=mask, other=0.0)  # [rows, RUNS]
+        runs = tl.reshape(fp8_to(x, tl.float32, FORMAT, NATIVE), [x.shape[0], RUNS, RUN])
+        wide = tl.reshape(runs * scales[:, :, None], [x.shape[0], x.shape[1]]).to(DTYPE)
+    return wide
 
 
 @triton.jit
@@ -153,6 +203,10 @@ def decode_kernel(
     q_descale_ptr, stride_q_descale_seq, stride_q_descale_head,
     k_descale_ptr, stride_k_descale_seq, stride_k_descale_head,
     v_descale_ptr, stride_v_descale_seq, stride_v_descale_head,
+    k_scale_cache_ptr, stride_k_scale_page, stride_k_scale_block, stride_k_scale_token,
+    stride_k_scale_head, stride_k_scale_group,
+    v_scale_cache_ptr, stride_v_scale_page, stride_v_scale_block, stride_v_scale_token,
+    stride_v_scale_head, stride_v_scale_group,
     metadata_ptr,
     out_ptr, stride_out_token, stride_out_head, stride_out_dim,
     lse_ptr, stride_lse_head,
@@ -173,6 +227,8 @@ def decode_kernel(
     K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, FP8_NATIVE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_DESCALES: tl.constexpr,
+    K_GROUPS: tl.constexpr, K_GROUP_DIMS: tl.constexpr, K_RUN: tl.constexpr,  # 0 groups: no scales
+    V_GROUPS: tl.constexpr, V_GROUP_DIMS: tl.constexpr, V_RUN: tl.constexpr,
     CP_WORLD_SIZE: tl.constexpr, CP_INTERLEAVE: tl.constexpr,
     SCHEDULED: tl.constexpr, FIXED_SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,  # the combine kernel is launched early and waits by itself
@@ -201,6 +257,9 @@ def decode_kernel(
         gdc_launch_dependents()
     ROWS_FIRST: tl.constexpr = TILE_M <= 32
     SHARDED: tl.constexpr = CP_WORLD_SIZE > 1
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    # V lies in K's row, and one of them has scales: what is loaded once becomes two tiles.
+    TWICE: tl.constexpr = V_AT <= KEY_DIMS and K_GROUPS + V_GROUPS > 0
     walk = (
         metadata_ptr, batch, units_per_seq, splits_per_unit, steps_per_split, rows_per_unit,
         window_left, window_right, None,
@@ -320,6 +379,7 @@ def decode_kernel(
                 if HAS_LEFT:
                     mask_n = mask_n & (positions >= first_key)
                 if BLOCK_SIZE == 0:
+                    block = k_start
                     k_base = k_head + (k_start + key) * stride_k_token
                     v_base = v_head + (k_start + key) * stride_v_token
                 else:
@@ -352,41 +412,78 @@ def decode_kernel(
                     k_rows = k_base  # [TILE_N]
                     v_rows = v_base
 
-                v0 = load_rows(
+                k_scales = 0
+                if K_GROUPS > 0:
+                    k_scales = scale_offsets(
+                        block, positions, kv_head, stride_k_scale_page, stride_k_scale_block,
+                        stride_k_scale_token, stride_k_scale_head, BLOCK_SIZE, BLOCKS_PER_PAGE,
+                    )  # fmt: skip
+                v_scales = 0
+                if V_GROUPS > 0:
+                    v_scales = scale_offsets(
+                        block, positions, kv_head, stride_v_scale_page, stride_v_scale_block,
+                        stride_v_scale_token, stride_v_scale_head, BLOCK_SIZE, BLOCKS_PER_PAGE,
+                    )  # fmt: skip
+
+                stored_v0 = load_rows(
                     v_tile_ptr, v_rows, dims_v0, stride_v_dim, mask_n, D_V0, min(DIMS_V, D_V0), V_UNIT
                 )  # [TILE_N, D_V0]
-                v0 = fp8_to(v0, q_ptr.dtype.element_ty, V_FORMAT, FP8_NATIVE)
+                v0 = dequantise(
+                    stored_v0, dims_v0, v_scale_cache_ptr, v_scales, stride_v_scale_group, mask_n, DTYPE,
+                    V_FORMAT, FP8_NATIVE, V_GROUPS, V_GROUP_DIMS, V_RUN,
+                )  # fmt: skip
+                scored_v0 = v0
+                if TWICE:
+                    scored_v0 = dequantise(
+                        stored_v0, in_v0, k_scale_cache_ptr, k_scales, stride_k_scale_group, mask_n, DTYPE,
+                        V_FORMAT, FP8_NATIVE, K_GROUPS, K_GROUP_DIMS, K_RUN,
+                    )  # fmt: skip
                 if D_V1 > 0:
-                    v1 = load_rows(
-                        v_tile_ptr, v_rows, D_V0 + tl.arange(0, D_V1), stride_v_dim, mask_n, D_V1,
-                        DIMS_V - D_V0, V_UNIT,
-                    )  # [TILE_N, D_V1]  # fmt: skip
-                    v1 = fp8_to(v1, q_ptr.dtype.element_ty, V_FORMAT, FP8_NATIVE)
+                    dims_v1 = D_V0 + tl.arange(0, D_V1)
+                    stored_v1 = load_rows(
+                        v_tile_ptr, v_rows, dims_v1, stride_v_dim, mask_n, D_V1, DIMS_V - D_V0, V_UNIT
+                    )  # [TILE_N, D_V1]
+                    v1 = dequantise(
+                        stored_v1, dims_v1, v_scale_cache_ptr, v_scales, stride_v_scale_group, mask_n, DTYPE,
+                        V_FORMAT, FP8_NATIVE, V_GROUPS, V_GROUP_DIMS, V_RUN,
+                    )  # fmt: skip
+                    scored_v1 = v1
+                    if TWICE:
+                        scored_v1 = dequantise(
+                            stored_v1, in_v1, k_scale_cache_ptr, k_scales, stride_k_scale_group, mask_n,
+                            DTYPE, V_FORMAT, FP8_NATIVE, K_GROUPS, K_GROUP_DIMS, K_RUN,
+                        )  # fmt: skip
 
                 scores = tl.zeros([TILE_M, TILE_N] if ROWS_FIRST else [TILE_N, TILE_M], tl.float32)
                 if KEY_DIMS > 0:
                     k0 = load_rows(
                         k_tile_ptr, k_rows, in_k0, stride_k_dim, mask_n, D_K0, min(KEY_DIMS, D_K0), K_UNIT
                     )  # [TILE_N, D_K0]
-                    k0 = fp8_to(k0, q_ptr.dtype.element_ty, K_FORMAT, FP8_NATIVE)
+                    k0 = dequantise(
+                        k0, in_k0, k_scale_cache_ptr, k_scales, stride_k_scale_group, mask_n, DTYPE,
+                        K_FORMAT, FP8_NATIVE, K_GROUPS, K_GROUP_DIMS, K_RUN,
+                    )  # fmt: skip
                     scores = score(q0, k0, scores, ROWS_FIRST)
                 if D_K1 > 0:
                     k1 = load_rows(
                         k_tile_ptr, k_rows, in_k1, stride_k_dim, mask_n, D_K1, KEY_DIMS - D_K0, K_UNIT
                     )  # [TILE_N, D_K1]
-                    k1 = fp8_to(k1, q_ptr.dtype.element_ty, K_FORMAT, FP8_NATIVE)
+                    k1 = dequantise(
+                        k1, in_k1, k_scale_cache_ptr, k_scales, stride_k_scale_group, mask_n, DTYPE,
+                        K_FORMAT, FP8_NATIVE, K_GROUPS, K_GROUP_DIMS, K_RUN,
+                    )  # fmt: skip
                     scores = score(q1, k1, scores, ROWS_FIRST)
                 if HAS_DESCALES and V_IN_SCORES and V_AT >= KEY_DIMS + DIMS_V:
                     # The q_v form: K and V have descales of their own.
-                    of_v = score(q_v0, v0, tl.zeros_like(scores), ROWS_FIRST)
+                    of_v = score(q_v0, scored_v0, tl.zeros_like(scores), ROWS_FIRST)
                     if D_V1 > 0:
-                        of_v = score(q_v1, v1, of_v, ROWS_FIRST)
+                        of_v = score(q_v1, scored_v1, of_v, ROWS_FIRST)
                     scores = scores * k_factor + of_v * v_factor
                 else:
                     if V_IN_SCORES:
-                        scores = score(q_v0, v0, scores, ROWS_FIRST)
+                        scores = score(q_v0, scored_v0, scores, ROWS_FIRST)
                         if D_V1 > 0:
-                            scores = score(q_v1, v1, scores, ROWS_FIRST)
+                            scores = score(q_v1, scored_v1, scores, ROWS_FIRST)
                     if HAS_DESCALES:
                         scores = scores * k_factor
 
