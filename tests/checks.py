@@ -14,7 +14,7 @@ Works for inputs on any device: ``reference`` computes on the CPU, ``plain`` on 
 from __future__ import annotations
 
 import torch
-from formula import law
+from formula import dequantised, law
 from torch import Tensor
 
 from anystride import flash_attn_varlen_func
@@ -45,6 +45,7 @@ def reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
     k, v = (rows.cpu() for rows in _dense_rows(inputs))
     starts = torch.tensor([0, *inputs.lengths]).cumsum(0, dtype=torch.int32)
     kwargs |= {"k": k, "v": v, "cu_seqlens_k": starts, "block_table": None, "seqused_k": None, "out": None}
+    kwargs |= {name: scales.cpu() for name, scales in inputs.scales.items()}
     return law(kwargs)
 
 
@@ -53,7 +54,7 @@ def plain(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
     What PyTorch's own attention does without a fused kernel: scores rounded to the dtype, softmax (which
     works in float32 inside), weights rounded to the dtype, values weighted. An fp8 cache is raised to the
-    dtype of ``q`` first, which is exact; descales multiply after the products.
+    dtype of ``q`` first, which is exact, or, times its scales, rounded; descales multiply after the products.
 
     Returns:
         ``out`` ``[total_q, num_q_heads, d_v]`` in the dtype of ``q`` and ``lse`` ``[num_q_heads, total_q]``
@@ -63,7 +64,10 @@ def plain(inputs: Inputs) -> tuple[Tensor, Tensor]:
     q, device = kwargs["q"], kwargs["q"].device
     out = q.new_full((*q.shape[:2], case.d_v), float("nan"))
     lse = q.new_full((q.shape[1], q.shape[0]), float("nan"), dtype=torch.float32)
-    k_rows, v_rows = (rows.to(q.dtype) for rows in _dense_rows(inputs))
+    k_rows, v_rows = (
+        dequantised(rows, inputs.scales.get(f"{name}_scale_cache"), q.dtype)
+        for name, rows in zip("kv", _dense_rows(inputs), strict=True)
+    )
     begin = first = 0
     for seq, (n, length) in enumerate(zip(case.q_lens, inputs.lengths, strict=True)):
         rows, keys = slice(begin, begin + n), slice(first, first + length)

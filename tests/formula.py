@@ -18,7 +18,7 @@ from anystride import flash_attn_varlen_func
 from anystride.problem import Call, Numbers, Problem, bucket, make_problem
 from anystride.reference import attention
 
-__all__ = ["checked", "law", "second_formula"]
+__all__ = ["checked", "dequantised", "law", "second_formula"]
 
 
 def checked(arguments: dict[str, Any]) -> tuple[Problem, Call]:
@@ -61,7 +61,7 @@ def second_formula(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tenso
     head_of = torch.arange(num_q_heads) // (num_q_heads // num_kv_heads)  # the KV head of a query head
     starts = a["cu_seqlens_q"].tolist()
     for seq, (begin, end) in enumerate(pairwise(starts)):
-        k, v = _rows_of(a, seq, dtype)
+        k, v = (_rows_of(a, name, seq, dtype) for name in "kv")
         k, v = k[:, head_of], v[:, head_of]  # [length, num_q_heads, d]
         positions, total = _positions_of(a, seq, k.shape[0])
         q_by, k_by, v_by = (_factor_of(a, name, seq)[head_of].to(dtype) for name in "qkv")
@@ -99,24 +99,34 @@ def _is_visible(a: dict[str, Any], own: int, position: int) -> bool:
     return (left < 0 or position >= own - left) and (right < 0 or position <= own + right)
 
 
-def _rows_of(a: dict[str, Any], seq: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """K and V of a sequence, ``[length, num_kv_heads, d]``, found token by token."""
-    k, v, table = a["k"], a["v"], a.get("block_table")
+def _rows_of(a: dict[str, Any], name: str, seq: int, dtype: torch.dtype) -> Tensor:
+    """K or V of a sequence, ``[length, num_kv_heads, d]``, found token by token."""
+    cache, scales, table = a[name], a.get(f"{name}_scale_cache"), a.get("block_table")
     if table is None:
         first = int(a["cu_seqlens_k"][seq])
         last = int(a["cu_seqlens_k"][seq + 1])
         if a.get("seqused_k") is not None:
             last = first + int(a["seqused_k"][seq])
-        return k[first:last].to(dtype), v[first:last].to(dtype)
-    keys, values = [], []
-    for token in range(int(a["seqused_k"][seq])):
-        block, inside = int(table[seq, token // k.shape[-3]]), token % k.shape[-3]
-        where = (block, inside) if k.dim() == 4 else (block // k.shape[1], block % k.shape[1], inside)
-        keys.append(k[where].to(dtype))
-        values.append(v[where].to(dtype))
-    if not keys:
-        return k.new_empty(0, *k.shape[-2:], dtype=dtype), v.new_empty(0, *v.shape[-2:], dtype=dtype)
-    return torch.stack(keys), torch.stack(values)
+        places: list[Any] = list(range(first, last))
+    else:
+        places, size = [], cache.shape[-3]
+        for token in range(int(a["seqused_k"][seq])):
+            block, inside = int(table[seq, token // size]), token % size
+            page = (block,) if cache.dim() == 4 else (block // cache.shape[1], block % cache.shape[1])
+            places.append((*page, inside))
+    rows = [dequantised(cache[where], None if scales is None else scales[where], dtype) for where in places]
+    return torch.stack(rows) if rows else cache.new_empty(0, *cache.shape[-2:], dtype=dtype)
+
+
+def dequantised(rows: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows ``[..., heads, d]`` of a cache with scales ``[..., n]``, in ``dtype``, rounded once."""
+    if scales is None:
+        return rows.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    groups = scales.shape[-1] if rows.shape[-2] == 1 else 1
+    runs = rows.to(wide).reshape(*rows.shape[:-1], groups, rows.shape[-1] // groups)
+    products = runs * scales.to(wide).reshape(*rows.shape[:-1], groups, 1)
+    return products.reshape(rows.shape).to(dtype)
 
 
 def _positions_of(a: dict[str, Any], seq: int, length: int) -> tuple[list[int], int]:

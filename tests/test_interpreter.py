@@ -19,7 +19,7 @@ from twins import layouts_of, packed_twin
 
 from anystride import get_scheduler_metadata
 from anystride.merge import merge
-from anystride.testing import LAYOUTS, Case, Inputs, find_case, make_inputs, select
+from anystride.testing import LAYOUTS, Case, Inputs, find_case, find_layout, make_inputs, select
 from anystride.testing.rows import ROW_RECIPES, TABLE_RECIPES
 
 
@@ -194,6 +194,25 @@ def test_strides_of_the_table_layout_change_no_bit(table: str) -> None:
     assert torch.equal(run(make_inputs(case, layout))[0], run(make_inputs(case, layout, table=table))[0])
 
 
+SCALED = {
+    "rows-of-one-block": longer("tiny-scales", block_size=64),
+    "rows-of-several-steps": longer("tiny-scales", block_size=3, window=(30, 0)),
+    "rows-dense": longer("tiny-scales", paged=False),
+    "groups-of-odd-width": longer("tiny-scales", num_kv_heads=1, scale_caches="groups", d_qk=36, d_v=20),
+    "groups-of-a-row": longer("tiny-row-scales", d_qk=56, d_v=40),
+    "rows-of-a-row": longer("tiny-row-scales", scale_caches="rows"),
+    "rows-of-latents": longer("tiny-q_v-scales", scale_caches="rows", descales="per_head"),
+    "all": longer("tiny-all-features", num_splits=0, kv_dtype="float8_e5m2", scale_caches="rows"),
+    "row-with-two-pieces": longer("tiny-row-scales", d_qk=112, d_v=80),
+}
+
+
+@only_interpreted
+@pytest.mark.parametrize("name", SCALED)
+def test_features_of_scales(name: str) -> None:
+    run(make_inputs(SCALED[name], layouts_of(SCALED[name])[0]))
+
+
 LAYOUT_CASES = ("tiny-gqa", "tiny-row", "tiny-q_v", "tiny-pages", "tiny-row-pages", "tiny-row-fp8")
 
 
@@ -218,3 +237,25 @@ def test_layouts_change_no_bit(name: str) -> None:
             assert lse is not None
             assert packed_lse is not None
             assert torch.equal(lse, packed_lse)
+
+
+# Scales in the gaps of rows, in a gap that K and V share, beside the cache, and with pages of several blocks.
+@only_interpreted
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [("tiny-scales", name) for name in ("G2", "G11", "G12", "G14c", "A-padded-rows", "A-dim-major")]
+    + [("tiny-row-scales", name) for name in ("M1", "M3b", "M6", "A-padded-rows", "A-absurd-strides")],
+)
+def test_layouts_of_scales_change_no_bit(case: str, name: str) -> None:
+    one, layout = tiny(case), find_layout(name)
+    if layout.only == "pages":
+        one = replace(one, blocks_per_page=2)
+    inputs = make_inputs(one, layout)
+    out, lse = run(inputs)
+    twin = packed_twin(inputs)
+    if twin is not None:
+        packed_out, packed_lse = attend(twin, "triton")
+        assert torch.equal(out, packed_out)
+        assert lse is not None
+        assert packed_lse is not None
+        assert torch.equal(lse, packed_lse)

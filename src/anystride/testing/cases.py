@@ -67,6 +67,7 @@ class Case:
         padded_q: Rows of q that belong to no sequence, as in a padded CUDA graph.
         dtype: Name of the dtype of q and out.
         kv_dtype: Name of the dtype of the cache, "" for that of q.
+        rope_as_q: Whether K, the rope part of a ``q_v`` form, has the dtype of q all the same.
         causal: Masks keys after the query.
         window: Left and right, in tokens, -1 unbounded.
         softcap: 0.0 for none.
@@ -75,6 +76,8 @@ class Case:
         lse: Whether ``lse`` is asked for.
         descales: "", Python ``floats``, ``scalar`` tensors, one scalar ``expanded``, or
             ``per_head`` (``[batch, num_kv_heads]``); for q, k and v.
+        scale_caches: "", a scale for each token and head by ``rows``, or one for each of ``GROUPS`` runs of
+            a row's dimensions by ``groups``; for those of k and v that are fp8.
         cp: World size and interleave, None without.
         num_splits: 0 for the backend's choice.
         batch_invariant: As in the entry.
@@ -97,6 +100,7 @@ class Case:
     padded_q: int = 0
     dtype: str = "bfloat16"
     kv_dtype: str = ""
+    rope_as_q: bool = False
     causal: bool = True
     window: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
@@ -104,6 +108,7 @@ class Case:
     sinks: bool = False
     lse: bool = True
     descales: Literal["", "floats", "scalar", "expanded", "per_head"] = ""
+    scale_caches: Literal["", "rows", "groups"] = ""
     cp: Parallel | None = None
     num_splits: int = 0
     batch_invariant: bool = False
@@ -134,6 +139,11 @@ class Case:
     def torch_kv_dtype(self) -> torch.dtype:
         """Of the cache."""
         return _dtype(self.kv_dtype or self.dtype)
+
+    @property
+    def torch_k_dtype(self) -> torch.dtype:
+        """Of K."""
+        return self.torch_dtype if self.rope_as_q else self.torch_kv_dtype
 
     @property
     def scale(self) -> float:
@@ -168,6 +178,8 @@ def _finish(case: Case, *tags: str) -> Case:
     follow = {tag for tag, is_so in holds.items() if is_so}
     return replace(case, q_lens=q_lens, tags=frozenset(tags) | follow)
 
+
+GROUPS = 4  # scales of a row: DeepSeek-V3.2 has as many
 
 DEEPSEEK_SCALE = (128 + 64) ** -0.5  # the head dimension before absorption, not 576
 GLM_SCALE = (192 + 64) ** -0.5
@@ -409,6 +421,37 @@ def _fp8() -> Iterator[Case]:
     capped = replace(plain, name="fp8-all-features", kv_dtype=e4m3, descales="per_head")
     capped = replace(capped, softcap=3.0, window=(30, 0), alibi="heads", sinks=True)
     yield _finish(capped, "edge")
+    yield from _scale_caches()
+
+
+def _scale_caches() -> Iterator[Case]:
+    """fp8 caches with scales of their own for each token and head, or for each group of dimensions."""
+    e4m3, e5m2 = "float8_e4m3fn", "float8_e5m2"
+    plain = Case("scales", "scales of rows", (1, 40, 100), (1, 2, 1), 8, 2, 128, 128, scale_caches="rows")
+    plain = replace(plain, kv_dtype=e4m3)
+    row = replace(_row("scales-row", "scales of MLA rows", 8, (1, 65, 100), 2), scale_caches="rows")
+    split = _split(replace(row, source="DeepSeek-V3.2: fp8 latent, bfloat16 rope"), "scales-q_v")
+    split = replace(split, rope_as_q=True, kv_dtype=e4m3)
+    yield _finish(replace(plain, name="scales-e4m3"), "edge", "quick")
+    groups = replace(plain, name="scales-groups", num_kv_heads=1, scale_caches="groups", kv_dtype=e5m2)
+    yield _finish(groups, "edge", "quick")
+    for change in (
+        replace(plain, name="scales-e5m2", kv_dtype=e5m2),
+        replace(plain, name="scales-window", window=(30, 0)),
+        replace(plain, name="scales-descales", descales="per_head"),
+        replace(plain, name="scales-float16", dtype="float16"),
+        replace(plain, name="scales-pages", blocks_per_page=4),
+        replace(plain, name="scales-block-3", block_size=3),
+        replace(plain, name="scales-dense", paged=False),
+        replace(plain, name="scales-all-features", descales="per_head", softcap=3.0, window=(30, 0),
+                alibi="heads", sinks=True),
+        replace(row, kv_dtype=e4m3),
+        replace(row, name="scales-row-groups", kv_dtype=e4m3, scale_caches="groups"),
+        split,
+        replace(split, name="scales-q_v-groups", scale_caches="groups"),
+        replace(split, name="scales-q_v-descales", scale_caches="groups", descales="scalar"),
+    ):  # fmt: skip
+        yield _finish(change, "edge")
 
 
 def _parallel() -> Iterator[Case]:
@@ -444,6 +487,11 @@ def _tiny() -> Iterator[Case]:
         replace(plain, name="tiny-float32", dtype="float32", causal=False, window=(4, 3)),
         replace(plain, name="tiny-fp8", kv_dtype="float8_e4m3fn", descales="per_head"),
         replace(row, name="tiny-row-fp8", kv_dtype="float8_e5m2", descales="scalar"),
+        replace(plain, name="tiny-scales", kv_dtype="float8_e4m3fn", scale_caches="rows"),
+        replace(row, name="tiny-row-scales", kv_dtype="float8_e5m2", scale_caches="groups"),
+        replace(
+            split, name="tiny-q_v-scales", kv_dtype="float8_e4m3fn", rope_as_q=True, scale_caches="groups"
+        ),
         replace(plain, name="tiny-cp", cp=Parallel(2, 4)),
         replace(row, name="tiny-row-cp", cp=Parallel(2, 1)),
         replace(plain, name="tiny-pages", blocks_per_page=2),

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anystride.problem import FP8_DTYPES
 from anystride.testing import storage as memory
-from anystride.testing.cases import Case
+from anystride.testing.cases import GROUPS, Case
 from anystride.testing.recipe import Layout
 from anystride.testing.rows import GARBAGE, strided_rows, strided_table
+from anystride.testing.scales import place_scales
 from anystride.testing.storage import CacheShape, Storage
 
 __all__ = ["Inputs", "Values", "cache_shape", "compatible", "make_inputs"]
@@ -52,6 +54,8 @@ class Inputs:
         storage: The cache, poisoned outside of its valid tokens.
         kwargs: Arguments of ``flash_attn_varlen_func`` by name, ``backend`` apart.
         values: What was filled in.
+        scales: Of the valid tokens on this rank, ``[tokens, num_kv_heads or groups]``, by the name of the
+            argument in whose view they were filled in.
         lengths: Keys of each sequence on this rank.
         before: A copy of the storage's bytes, None without a guard.
         out_flat: The buffer that ``out`` is a view of, None if ``out`` is not given.
@@ -62,6 +66,7 @@ class Inputs:
     storage: Storage
     kwargs: dict[str, Any]
     values: Values
+    scales: dict[str, Tensor]
     lengths: tuple[int, ...]
     before: tuple[Tensor, ...] | None
     out_flat: Tensor | None
@@ -111,6 +116,7 @@ def cache_shape(case: Case, rank: int = 0, layers: int = 3) -> CacheShape:
         per_page if case.paged else 1,
         case.paged,
         layers,
+        case.torch_k_dtype,
     )
 
 
@@ -166,25 +172,36 @@ def make_inputs(
 
     kwargs = _query_arguments(case, device, normal, rows)
     kwargs |= _feature_arguments(case, device, normal)
+    lengths = _local_lengths(case, rank)
+    scales = {
+        name: _share(case, normal(*size, dtype=torch.float32).abs().add(0.25), rank)
+        for name, size in _scale_sizes(case).items()
+    }
     if values is None:
         total = sum(case.seqused_k)
-        k = normal(total, case.num_kv_heads, case.d_qk, dtype=shape.dtype)
+        k = normal(total, case.num_kv_heads, case.d_qk, dtype=case.torch_k_dtype)
         if case.form == "row":
             v = k[..., : case.d_v]
         else:
             v = normal(total, case.num_kv_heads, case.d_v, dtype=shape.dtype)
         values = Values(*memory.resolve_aliases(cache, k, v))
 
-    lengths = _local_lengths(case, rank)
     kwargs |= _cache_arguments(case, shape, lengths, device, entropy, table)
-    memory.fill(
-        cache,
-        _share(case, values.k, rank),
-        _share(case, values.v, rank),
+    where = (
         kwargs.get("block_table"),
         torch.tensor(lengths, dtype=torch.int32, device=device),
         kwargs.get("cu_seqlens_k"),
     )
+    memory.fill(cache, _share(case, values.k, rank), _share(case, values.v, rank), *where)
+    for name, of_rows in scales.items():
+        groups = 1 if case.scale_caches == "rows" else GROUPS
+        view = place_scales(cache, layout, name == "v_scale_cache", groups)
+        view[memory.slots(shape, *where)] = of_rows
+        if not case.paged:
+            view = view[0, 0]
+        elif shape.blocks_per_page == 1:
+            view = view[:, 0]
+        kwargs[name] = view
     if case.cp is not None:
         kwargs |= {
             "cp_world_size": case.cp.world_size,
@@ -198,7 +215,7 @@ def make_inputs(
         out_flat, kwargs["out"] = strided_rows(size, case.torch_dtype, device, out)
     kwargs |= {"k": cache.k, "v": cache.v}
     before = memory.canary(cache) if guard else None
-    return Inputs(case, layout, cache, kwargs, values, lengths, before, out_flat)
+    return Inputs(case, layout, cache, kwargs, values, scales, lengths, before, out_flat)
 
 
 def _ints(numbers: list[int] | tuple[int, ...], device: torch.device | str) -> Tensor:
@@ -228,6 +245,15 @@ def _share(case: Case, values: Tensor, rank: int) -> Tensor:
     mine = torch.cat([_on_rank(case, length, rank) for length in case.seqused_k])
     bits = values.view(memory.BITS[values.itemsize])
     return bits[mine.to(values.device)].view(values.dtype)
+
+
+def _scale_sizes(case: Case) -> dict[str, tuple[int, int]]:
+    """Tokens, over all ranks, and scales of a token, of the scale caches that the case has."""
+    if not case.scale_caches:
+        return {}
+    size = (sum(case.seqused_k), case.num_kv_heads if case.scale_caches == "rows" else GROUPS)
+    dtypes = {"k_scale_cache": case.torch_k_dtype, "v_scale_cache": case.torch_kv_dtype}
+    return {name: size for name, dtype in dtypes.items() if dtype in FP8_DTYPES}
 
 
 def _query_arguments(

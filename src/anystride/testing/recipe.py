@@ -128,6 +128,8 @@ class Layout:
             return f"{self.name} does not hold {kinds[shape.form]}"
         if shape.num_kv_heads < self.min_heads:
             return f"{self.name} needs {self.min_heads} KV heads, not {shape.num_kv_heads}"
+        if shape.k_dtype not in (None, shape.dtype) and self.parts != "buffers":
+            return f"{self.name} keeps K and V in one buffer, of one dtype"
         if self.only == "pages" and shape.blocks_per_page == 1:
             return f"{self.name} is about pages of several blocks"
         if self.only == "fp8" and shape.dtype.itemsize != 1:
@@ -191,7 +193,10 @@ class Layout:
         totals, k, v, others = self._place(shape)
         if self.absurd:
             k, v = _absurd(k, 2**40 + 3), _absurd(v, 2**41 + 5)
-        buffers = tuple(allocate(total, shape.dtype, device, self.huge) for total in totals)
+        dtypes = (shape.k_dtype or shape.dtype, shape.dtype)
+        buffers = tuple(
+            allocate(total, dtype, device, self.huge) for total, dtype in zip(totals, dtypes, strict=False)
+        )
         if self.huge:
             for geometry in (k, v):
                 poison(geometry.view(buffers))

@@ -31,6 +31,7 @@ __all__ = [
     "occupancy",
     "read",
     "resolve_aliases",
+    "slots",
 ]
 
 Form = Literal["kv", "row", "q_v"]
@@ -49,6 +50,7 @@ class CacheShape:
         d_qk: Elements in a row of K.
         d_v: Elements in a row of V.
         dtype: Of K and V.
+        k_dtype: Of K, where it is not that of V: only in two buffers.
         form: ``kv``: K and V hold different data. ``row``: MLA, V is a part of K's row. ``q_v``:
             MLA, K is the rope part and V the latent part, disjoint.
         blocks_per_page: 1 gives 4-D views ``[num_blocks, block_size, num_kv_heads, d]``, more gives
@@ -67,6 +69,7 @@ class CacheShape:
     blocks_per_page: int = 1
     paged: bool = True
     layers: int = 3
+    k_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no cache can be, with ValueError."""
@@ -104,7 +107,7 @@ class Storage:
     Attributes:
         name: The layout that made it.
         shape: What was asked for.
-        buffers: One or two 1-D tensors of ``shape.dtype``, NaN wherever nothing was filled in.
+        buffers: One or two 1-D tensors of the dtypes of ``shape``, NaN wherever nothing was filled in.
         k_geometry: 5-D ``[num_pages, blocks_per_page, block_size, num_kv_heads, d_qk]``.
         v_geometry: The same with ``d_v``.
         others: What else the buffers hold by design: other layers, an indexer's cache.
@@ -172,7 +175,7 @@ def poison(view: Tensor) -> None:
         view.fill_(float("nan"))
 
 
-def _slots(
+def slots(
     shape: CacheShape, block_table: Tensor | None, seqused_k: Tensor, cu_seqlens_k: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Page, block in the page and token in the block of every valid token: three of [total_k]."""
@@ -215,16 +218,16 @@ def fill(
     Raises:
         ValueError: K and V, or two heads, share bytes in this layout, and their values differ.
     """
-    where = _slots(storage.shape, block_table, seqused_k, cu_seqlens_k)
+    where = slots(storage.shape, block_table, seqused_k, cu_seqlens_k)
     bits = storage.bits()
     for geometry, values in ((storage.k_geometry, k_values), (storage.v_geometry, v_values)):
-        view, rows = geometry.view(bits), values.view(bits[0].dtype)
+        view, rows = geometry.view(bits), values.view(BITS[values.itemsize])
         if geometry.stride[3] == 0:  # all heads are one: it may be written only once
             view, rows = view[..., :1, :], rows[:, :1]
         view[where] = rows
     k_back, v_back = read(storage, block_table, seqused_k, cu_seqlens_k)
     for name, back, values in (("k", k_back, k_values), ("v", v_back, v_values)):
-        if not torch.equal(back.view(bits[0].dtype), values.view(bits[0].dtype)):
+        if not torch.equal(back.view(BITS[back.itemsize]), values.view(BITS[values.itemsize])):
             raise ValueError(f"{storage.name}: {name} lost what was written: bytes are shared, values differ")
 
 
@@ -235,10 +238,12 @@ def read(
     cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gather the valid tokens: ``[total_k, num_kv_heads, d_qk]`` and ``[..., d_v]``, dense."""
-    where = _slots(storage.shape, block_table, seqused_k, cu_seqlens_k)
-    bits, dtype = storage.bits(), storage.shape.dtype
-    k = storage.k_geometry.view(bits)[where].view(dtype)
-    v = storage.v_geometry.view(bits)[where].view(dtype)
+    where = slots(storage.shape, block_table, seqused_k, cu_seqlens_k)
+    bits = storage.bits()
+    k, v = (
+        geometry.view(bits)[where].view(storage.buffers[geometry.buffer].dtype)
+        for geometry in (storage.k_geometry, storage.v_geometry)
+    )
     return k, v
 
 
