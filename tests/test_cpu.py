@@ -83,6 +83,10 @@ def test_every_case_is_right(case: Case) -> None:
         replace(KV, name="cpu-pages", blocks_per_page=3),
         replace(KV, name="cpu-unequal", d_qk=96, d_v=40),
         replace(KV, name="cpu-fp8", kv_dtype="float8_e4m3fn", descales="per_head"),
+        replace(KV, name="cpu-scales", kv_dtype="float8_e5m2", scale_caches="rows"),
+        replace(ROW, name="cpu-row-scales", kv_dtype="float8_e4m3fn", scale_caches="groups"),
+        replace(KV, name="cpu-scales-dense", kv_dtype="float8_e4m3fn", scale_caches="rows", paged=False),
+        replace(KV, name="cpu-scales-blocks", kv_dtype="float8_e4m3fn", scale_caches="rows", block_size=48),
         replace(KV, name="cpu-full-mask", causal=False),
         replace(KV, name="cpu-cp", cp=Parallel(2, 4)),
     ],
@@ -142,6 +146,19 @@ def test_no_layout_changes_a_bit_of_a_sequence_of_many_chunks(case: Case) -> Non
 
 
 # What must not matter
+
+
+@pytest.mark.parametrize("block_size", [16, 1024])
+def test_an_expanded_scale_is_one_for_all(block_size: int) -> None:
+    case = replace(KV, kv_dtype="float8_e4m3fn", block_size=block_size)
+    inputs = inputs_of(with_lengths(case, (1500, 3, 40)))
+    one, shape = torch.tensor([0.5, 2.0]), inputs.kwargs["k"].shape[:-1]
+    scales = {"k_scale_cache": one[0].expand(shape), "v_scale_cache": one[1].expand(shape)}
+    descales = {"k_descale": one[0], "v_descale": one[1]}
+    for got, wanted in zip(attend(inputs, "cpu", **scales), attend(inputs, "cpu", **descales), strict=True):
+        assert got is not None
+        assert wanted is not None
+        assert torch.equal(got, wanted)  # powers of two
 
 
 def test_num_splits_changes_nothing() -> None:
@@ -299,6 +316,9 @@ GREEDY = {
     "row": replace(ROW, num_q_heads=128, d_qk=576, d_v=512),
     "q_v": replace(SPLIT, num_q_heads=128, d_qk=64, d_v=512),
     "fp8": replace(KV, num_q_heads=64, num_kv_heads=8, d_qk=128, d_v=128, kv_dtype="float8_e4m3fn"),
+    "scales": replace(
+        KV, num_q_heads=64, num_kv_heads=8, d_qk=128, d_v=128, kv_dtype="float8_e4m3fn", scale_caches="rows"
+    ),
     "pages": replace(KV, num_q_heads=32, num_kv_heads=8, d_qk=128, d_v=128, block_size=1056),
 }
 

@@ -27,6 +27,8 @@ CALLS = [
     ("tiny-q_v", "M9"),
     ("tiny-all-features", "G5"),
     ("tiny-fp8", "G12"),
+    ("tiny-scales", "G12"),
+    ("tiny-row-scales", "A-padded-rows"),
     ("tiny-cp", "G3"),
     ("tiny-pages", "G11"),
     ("tiny-dense", "A-inner-step-2"),

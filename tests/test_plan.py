@@ -105,6 +105,25 @@ def test_what_changes_the_problem_changes_the_plan(name: str) -> None:
     assert before.problem != after.problem
 
 
+def test_strides_of_scales_and_where_they_are_given_are_another_problem() -> None:
+    inputs = make_inputs(find_case("tiny-scales"), find_layout("G2"))
+    scales = inputs.kwargs["k_scale_cache"]
+    plans = [
+        plan_of(inputs),
+        plan_of(inputs, k_scale_cache=scales.clone(memory_format=torch.contiguous_format)),
+        plan_of(inputs, k_scale_cache=scales[:1, :1, :1].expand(scales.shape)),
+        plan_of(inputs, k_scale_cache=None),
+        plan_of(inputs, v_scale_cache=None),
+    ]
+    facts = [(p.problem.k_scale_groups, p.problem.v_scale_groups, p.problem.k_scale_strides) for p in plans]
+    assert len(set(facts)) == len(plans)
+    packed = (scales.shape[1] * scales.shape[2], 0, scales.shape[2], 1, 0)
+    assert [fact[2] for fact in facts[1:4]] == [packed, (0,) * 5, (0,) * 5]
+    assert facts[3][:2] == (0, 1)
+    row_bytes = [p.problem.kv_row_bytes for p in plans]
+    assert row_bytes == [16 + 16 + 8] * 3 + [16 + 16 + 4] * 2
+
+
 def test_a_scalar_descale_in_another_place_is_another_problem() -> None:
     # One value is a float in both: only its place differs.
     inputs = inputs_of()

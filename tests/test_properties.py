@@ -151,6 +151,26 @@ def fill_valid(view: Tensor, where: Any, generator: torch.Generator) -> None:
     flat.view(bits)[addresses] = values.view(bits)
 
 
+def draw_scales(
+    draw: Draw, k: Tensor, v: Tensor, where: Any, generator: torch.Generator
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Scale caches of those that are fp8, in any strides, NaN where no token is valid; and their buffers."""
+    views, flats = {}, []
+    for name, cache in (("k_scale_cache", k), ("v_scale_cache", v)):
+        if cache.itemsize > 1 or not draw(st.booleans()):
+            continue
+        *size, n, d = cache.shape
+        if n == 1:
+            n = draw(st.sampled_from([x for x in range(1, d + 1) if d % x == 0]))
+            event("scales of groups" if n > 1 else "scales of rows")
+        place, offset = draw_place(draw, (*size, n)), draw(integers(0, 3))
+        flats.append(buffer(max(0, offset + place.last) + 1, torch.float32))
+        views[name] = place.view(flats[-1], offset)
+        if cache.numel():
+            fill_valid(views[name], where, generator)
+    return views, flats
+
+
 @st.composite
 def calls(draw: Draw) -> Drawn:
     """One call of the entry with everything that the contract allows, at a tiny size."""
@@ -244,8 +264,9 @@ def draw_paged(
     page = (block,) if sub == 0 else (block // sub, block % sub)
     for view in (k, v):
         fill_valid(view, (*page, token), generator)
+    scales, more = draw_scales(draw, k, v, (*page, token), generator)
     used = torch.tensor(lengths, dtype=torch.int32)
-    return {"k": k, "v": v, "block_table": table, "seqused_k": used, "flats": flats}
+    return {"k": k, "v": v, "block_table": table, "seqused_k": used, "flats": flats + more, **scales}
 
 
 def draw_dense(
@@ -258,7 +279,8 @@ def draw_dense(
     for view in (k, v):
         if view.numel():
             fill_valid(view, (torch.tensor(where, dtype=torch.int64),), generator)
-    dense: dict[str, Any] = {"k": k, "v": v, "cu_seqlens_k": starts, "flats": flats}
+    scales, more = draw_scales(draw, k, v, (torch.tensor(where, dtype=torch.int64),), generator)
+    dense: dict[str, Any] = {"k": k, "v": v, "cu_seqlens_k": starts, "flats": flats + more, **scales}
     if slack:
         dense["seqused_k"] = torch.tensor(lengths, dtype=torch.int32)
     return dense
@@ -273,8 +295,9 @@ def magnitudes(arguments: dict[str, Any]) -> tuple[float, float]:
         return float(finite.abs().max()) if finite.numel() else 0.0
 
     def factor(name: str) -> float:
-        descale = a.get(f"{name}_descale")
-        return 1.0 if descale is None else largest(torch.as_tensor(descale))
+        descale, scales = a.get(f"{name}_descale"), a.get(f"{name}_scale_cache")
+        of_rows = 1.0 if scales is None else largest(scales)
+        return of_rows if descale is None else of_rows * largest(torch.as_tensor(descale))
 
     has_q_v = a.get("q_v") is not None
     terms = a["q"].shape[2] * largest(a["q"]) * largest(a["k"]) * factor("q") * factor("k")
@@ -336,7 +359,7 @@ def test_any_call_is_right_touches_nothing_else_and_has_the_bits_of_packed_tenso
 def packed_copy(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same values, packed; K and V share a row if they did, since that is a part of the plan."""
     packed = {name: value for name, value in arguments.items() if name != "out"}
-    for name in ("q", "q_v", "block_table", "k", "v"):
+    for name in ("q", "q_v", "block_table", "k", "v", "k_scale_cache", "v_scale_cache"):
         if name in packed:
             bits = packed[name] if name == "block_table" else packed[name].view(BITS[packed[name].itemsize])
             copy = bits.clone(memory_format=torch.contiguous_format)
