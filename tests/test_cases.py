@@ -525,3 +525,61 @@ def test_descales_come_in_every_form(descales: str, kinds: tuple[type, tuple[int
         assert isinstance(descale, kinds[0])
         if isinstance(descale, torch.Tensor):
             assert descale.stride() == kinds[1]
+
+
+# Scale caches
+
+BESIDE = ("G1", "G2", "G3", "G4", "G5", "G9", "G11", "G16", "A-padded-rows")
+
+
+@pytest.mark.parametrize("layout", BESIDE)
+def test_scales_that_nobody_may_read_are_nan(layout: str) -> None:
+    case = find_case("tiny-scales")
+    pages = 2 if find_layout(layout).only == "pages" else 1
+    inputs = make_inputs(replace(case, blocks_per_page=pages), find_layout(layout))
+    for name in ("k_scale_cache", "v_scale_cache"):
+        scales = inputs.kwargs[name]
+        assert scales.shape == inputs.kwargs[name[0]].shape[:-1]
+        assert int(scales.isfinite().sum()) == inputs.scales[name].numel()
+        assert scales.isnan().any()  # unused blocks and tails
+
+
+def test_scales_are_the_same_in_every_layout_and_strides_are_not() -> None:
+    case, values, strides = find_case("tiny-scales"), set(), set()
+    for layout in LAYOUTS.values():
+        if compatible(case, layout) is None and not layout.huge:
+            inputs = make_inputs(case, layout, guard=False)
+            scales = inputs.kwargs["k_scale_cache"]
+            values.add(tuple(inputs.scales["k_scale_cache"].flatten().tolist()))
+            strides.add(scales.stride())
+            assert sorted(scales[scales.isfinite()].tolist()) == sorted(
+                inputs.scales["k_scale_cache"].flatten().tolist()
+            )
+    assert len(values) == 1
+    assert len(strides) >= 7  # five kinds beside the cache, and in two kinds of gaps
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "k_at", "v_at"),
+    [
+        ("tiny-scales", "G12", 16, 16),
+        ("tiny-scales", "G14c", 32, 20),  # behind K's row and V's, which are neighbours: K's scale, then V's
+        ("tiny-scales", "A-padded-rows", 16, 16),
+        ("tiny-row-scales", "A-padded-rows", 48, 48 + 4 * 4),
+    ],
+)
+def test_scales_lie_in_the_gaps_of_rows_that_have_some(name: str, layout: str, k_at: int, v_at: int) -> None:
+    a = make_inputs(find_case(name), find_layout(layout)).kwargs
+    for cache, at in (("k", k_at), ("v", v_at)):
+        scales = a[f"{cache}_scale_cache"]
+        assert scales.data_ptr() - a[cache].data_ptr() == at
+        for n, stride, bytes_apart in zip(scales.shape, scales.stride(), a[cache].stride(), strict=False):
+            if n > 1 and name == "tiny-scales":
+                assert 4 * stride == bytes_apart
+
+
+def test_only_what_is_fp8_has_scales() -> None:
+    a = make_inputs(find_case("tiny-q_v-scales"), find_layout("M9")).kwargs
+    assert "k_scale_cache" not in a
+    assert a["k"].dtype == torch.bfloat16
+    assert a["v_scale_cache"].shape == (*a["v"].shape[:-2], 4)

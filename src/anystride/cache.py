@@ -47,7 +47,8 @@ def store_kv(
             tensor of one element, or of ``[num_kv_heads]``. Or float32 ``[num_blocks, block_size,
             num_kv_heads]`` (with pages ``[num_pages, blocks_per_page, block_size, num_kv_heads]``), any
             strides but 0, beside the cache or inside its rows: then each row's largest number becomes fp8's
-            largest, and its scale is **written** there; 1 for a row of zeros. None: 1.
+            largest, and its scale is **written** there, for the attention to read it as ``k_scale_cache`` or
+            ``v_scale_cache``; 1 for a row of zeros. None: 1.
         backend: None picks the first that can; ``triton`` or ``cpu`` is obeyed or refused.
 
     Raises:
@@ -87,7 +88,8 @@ def store_mla(
         slot_mapping: As in :func:`store_kv`.
         scale: Of the parts that are fp8, as in :func:`store_kv`: a float or a tensor of one element. Or
             float32 ``[num_blocks, block_size, groups]`` (with pages one dimension more): scales of the latent
-            part, cut into so many groups of dimensions, are **written** there; the rope part must not be fp8.
+            part, cut into so many groups of dimensions, are **written** there, for the attention to read
+            them as ``v_scale_cache`` of the ``q_v`` form; the rope part must not be fp8.
         backend: As in :func:`store_kv`.
 
     Raises:
