@@ -51,6 +51,15 @@ def test_the_text_says_who_what_and_how_much() -> None:
     assert len(lines) == len(str(answer).splitlines())
 
 
+def test_scales_move_and_are_named() -> None:
+    scaled = explained("tiny-row-scales", "A-padded-rows")
+    plain = explained("tiny-row-scales", "A-padded-rows", k_scale_cache=None, v_scale_cache=None)
+    assert scaled.bytes_moved == plain.bytes_moved + 38 * 2 * 4 * 4
+    assert "scale_cache" not in plain.call
+    for name in ("k", "v"):  # in rows of 96 bytes
+        assert f", {name}_scale_cache 4 a row strides ({8 * 24}, 0, 24, 0, 1), " in scaled.call
+
+
 def test_every_refusal_is_a_line_with_its_reason() -> None:
     refusals = {"triton": ["one", "two"], "cpu": ["three"]}
     answer = Explanation(None, refusals, Relation("v_in_k", 64), None, 10**6, 1e9, "the call")
