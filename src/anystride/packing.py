@@ -37,13 +37,6 @@ class Pages(NamedTuple):
     extra: int  # steps that a page is longer than its blocks
 
 
-class Scales(NamedTuple):
-    """The scales of rows of K or V."""
-
-    groups: int  # of a row
-    pages: Pages | None
-
-
 class Part(NamedTuple):
     """Rows of K or V, and where they go in scratch."""
 
@@ -52,7 +45,8 @@ class Part(NamedTuple):
     at: int  # where the first row begins, in elements
     padding: int  # elements behind each row that must be 0
     pages: Pages | None  # None where a page is one block
-    scales: Scales | None
+    scaled: bool  # whether rows have scales
+    scale_pages: Pages | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ Rows = tuple[Tensor, Tensor, int, dict[int, int]]  # see load
 def choose_packing(problem: Problem, most_bytes: int) -> Packing:
     """Pack as many keys as ``most_bytes`` hold, and no more than the call can have."""
     p, size = problem, problem.block_size
-    scaled = p.k_scale_groups > 0 or p.v_scale_groups > 0
+    scaled = p.k_scale_groups + p.v_scale_groups > 0
     in_k = p.relation.kind == "v_in_k" and not scaled  # scaled as K, a row is no row of V
     copies = 1 if in_k or p.has_q_v else 2
     width = p.d_qk + p.d_v if p.has_q_v else max(p.d_qk, p.d_v)
@@ -111,11 +105,12 @@ def choose_packing(problem: Problem, most_bytes: int) -> Packing:
     # In the q_v form a packed row begins with V: that is where results are looked for.
     k_at = p.d_v if p.has_q_v else 0
     k_padding, v_padding = (width - d if copies == 2 else 0 for d in (p.d_qk, p.d_v))
-    k_scales = _scales(p, p.k_scale_strides, p.k_scale_groups)
-    v_scales = _scales(p, p.v_scale_strides, p.v_scale_groups)
+    k_pages, v_pages = _pages(p, p.k_strides, p.d_qk), _pages(p, p.v_strides, p.d_v)
+    k_scales = p.k_scale_groups > 0, _pages(p, p.k_scale_strides, p.k_scale_groups)
+    v_scales = p.v_scale_groups > 0, _pages(p, p.v_scale_strides, p.v_scale_groups)
     parts = (
-        Part(False, p.d_qk, k_at, k_padding, _pages(p, p.k_strides, p.d_qk), k_scales),
-        Part(True, p.d_v, v_begins, v_padding, _pages(p, p.v_strides, p.d_v), v_scales),
+        Part(False, p.d_qk, k_at, k_padding, k_pages, *k_scales),
+        Part(True, p.d_v, v_begins, v_padding, v_pages, *v_scales),
     )
     return Packing(
         heads=p.num_kv_heads,
@@ -142,10 +137,6 @@ def _pages(problem: Problem, strides: tuple[int, int, int, int, int], d: int) ->
     reach = (problem.num_pages - 1) * page + (per_page - 1) * block
     shape = (reach + 1, problem.block_size, problem.num_kv_heads, d)
     return Pages(shape, (step, *inner), per_page, block, page - per_page * block)
-
-
-def _scales(problem: Problem, strides: tuple[int, int, int, int, int], groups: int) -> Scales | None:
-    return Scales(groups, _pages(problem, strides, groups)) if groups else None
 
 
 def rows_taken(problem: Problem, packing: Packing, lo: int, hi: int) -> int:
@@ -176,18 +167,14 @@ def load(problem: Problem, packing: Packing, call: Call, scratch: list[Tensor], 
         return _load_stretches(problem, packing, call, scratch[0], spans)
     firsts, ids = _block_ids(problem, call, spans)
     if packing.direct:
-        caches = (call.k, call.v)
-        k, *v = [
-            _gather(*_blocks(cache, part.pages, ids)).float()
-            for cache, part in zip(caches, packing.parts, strict=False)
-        ]
+        k, *v = [_gather(*_blocks(_cache_of(call, part), part.pages, ids)).float() for part in packing.parts]
         return k, v[0] if v else k, 0, firsts
     place, strides = scratch[0], (problem.block_size * packing.row, packing.row, packing.width, 1)
     for part in packing.parts:
-        blocks = _gather(*_blocks(call.v if part.of_v else call.k, part.pages, ids))
+        blocks = _gather(*_blocks(_cache_of(call, part), part.pages, ids))
         rows = place.as_strided(blocks.shape, strides, part.at).copy_(blocks)
-        if part.scales is not None:
-            _scale(rows, _gather(*_blocks(_scales_of(problem, call, part), part.scales.pages, ids)))
+        if part.scaled:
+            _scale(rows, _gather(*_blocks(_scales_of(problem, call, part), part.scale_pages, ids)))
     _clear_padding(packing, place, len(ids) * problem.block_size)
     return place, place, packing.v_begins, firsts
 
@@ -231,6 +218,10 @@ def _blocks(cache: Tensor, pages: Pages | None, ids: Tensor) -> tuple[Tensor, Te
         ids = ids.long()
         ids = ids * block + ids // per_page * extra
     return cache.as_strided(shape, strides), ids
+
+
+def _cache_of(call: Call, part: Part) -> Tensor:
+    return call.v if part.of_v else call.k
 
 
 def _scales_of(problem: Problem, call: Call, part: Part) -> Tensor:
@@ -293,10 +284,10 @@ def _load_stretches(problem: Problem, packing: Packing, call: Call, place: Tenso
     strides, at = (packing.row, packing.width, 1), 0
     for begin, end, block in stretches:
         for part in packing.parts:
-            where = _block(problem, call.v if part.of_v else call.k, block)
+            stored = _block(problem, _cache_of(call, part), block)[begin:end]
             rows = place.as_strided((end - begin, packing.heads, part.d), strides, part.at + at)
-            rows.copy_(_wide(where[begin:end]))
-            if part.scales is not None:
+            rows.copy_(_wide(stored))
+            if part.scaled:
                 _scale(rows, _block(problem, _scales_of(problem, call, part), block)[begin:end])
         at += (end - begin) * packing.row
     _clear_padding(packing, place, count)
