@@ -365,7 +365,7 @@ def test_a_device_stores_what_a_cpu_stores(how: str, fp8: str) -> None:
         store_kv(key.to(device), value.to(device), k, v, slots.to(device), k_scale, v_scale, backend=backend)
         results.append([x.cpu() for half in moved for x in half if isinstance(x, Tensor)])
     for one, other in zip(*results, strict=True):
-        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 @pytest.mark.gpu

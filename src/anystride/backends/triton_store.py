@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from anystride.kernels.store import store_kernel
-from anystride.launch import Launch, Pointer, Prepared, device_refusals, run_prepared
+from anystride.launch import Launch, Pointer, Prepared, device_refusals, device_target, run_prepared
 from anystride.problem import FP8_NAMES, bucket
 from anystride.store import Half, HalfFacts, StoreCall, StoreProblem
 from anystride.work import vector
 
-TILE = 4096  # elements of a program
+TILE_BYTES = 2048  # that a program writes: 16 a thread
 MOST_ROWS = 32
 
 
@@ -36,7 +36,7 @@ def constants(half: HalfFacts) -> dict[str, Any]:
         "VECTOR": vector((*half.strides[:2], d), half.align, itemsize),
         "C_UNIT": half.cache_strides[4] == 1,
         "C_VECTOR": vector((*half.cache_strides[:4], d), half.cache_align, cache_itemsize),
-        "ROWS": max(1, min(MOST_ROWS, TILE // tile_d)),
+        "ROWS": max(1, min(MOST_ROWS, TILE_BYTES // (tile_d * cache_itemsize))),
         "BLOCK_D": tile_d,
     }
 
@@ -46,7 +46,13 @@ def choose_config(problem: StoreProblem) -> Prepared:
     p = problem
     halves = {"A": (p.first, constants(p.first)), "B": (p.second, constants(p.second))}
     tiles = max(-(-p.num_tokens * x.heads * x.groups // c["ROWS"]) for x, c in halves.values())
-    arguments: list[Any] = [Pointer("slots"), p.slot_stride, p.num_tokens, p.block_size, p.blocks_per_page]
+    arguments: list[Any] = [Pointer("slots"), p.slot_stride, p.num_tokens]
+    target = device_target(p.device)
+    common = {
+        "BLOCK_SIZE": p.block_size,
+        "BLOCKS_PER_PAGE": p.blocks_per_page,
+        "FP8_NATIVE": target.backend == "cuda" and target.arch >= 89,
+    }
     for name, (half, _constants) in halves.items():
         pointed = half.scale in ("one", "heads", "written")
         arguments += [
@@ -59,7 +65,8 @@ def choose_config(problem: StoreProblem) -> Prepared:
             store_kernel,
             (tiles, 2, 1),
             tuple(arguments),
-            {f"{name}_{key}": value for name, (_half, c) in halves.items() for key, value in c.items()},
+            common
+            | {f"{name}_{key}": value for name, (_half, c) in halves.items() for key, value in c.items()},
             {"num_warps": 4},
         )
     )
