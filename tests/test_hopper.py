@@ -18,8 +18,9 @@ from checks import assert_right, attend
 from twins import layouts_of, packed_twin
 
 from anystride import UnsupportedError, explain, flash_attn_varlen_func, launch, memory, plan, warmup, work
-from anystride.problem import Problem, bucket
+from anystride.problem import FP8_DTYPES, Problem, bucket
 from anystride.testing import CASES, Case, Inputs, Layout, find_case, find_layout, make_inputs
+from anystride.testing.cases import GROUPS
 from anystride.testing.rows import ROW_RECIPES, TABLE_RECIPES
 
 triton = pytest.importorskip("triton")
@@ -58,10 +59,13 @@ def is_wide(case: Case) -> bool:
 
 def takes(case: Case) -> bool:
     """Whether the shapes, dtypes and features of a case are among those of these kernels."""
-    if case.torch_dtype.itemsize != 2 or case.torch_kv_dtype != case.torch_dtype or case.descales:
+    if case.torch_dtype.itemsize != 2 or case.torch_kv_dtype not in (case.torch_dtype, *FP8_DTYPES):
         return False
+    grouped = case.scale_caches == "groups"
     if case.form == "kv":
-        return (case.d_qk, case.d_v) in hopper.HEAD_DIMS
+        return (case.d_qk, case.d_v) in hopper.HEAD_DIMS and not grouped
+    if case.scale_caches and (case.form == "row" or (grouped and case.d_v % (GROUPS * 128))):
+        return False
     rope = case.d_qk - (case.d_v if case.form == "row" else 0)
     wide = is_wide(case)
     return (
@@ -71,7 +75,32 @@ def takes(case: Case) -> bool:
     )
 
 
-TAKEN = [case for case in CASES if takes(case) and "bench" not in case.tags]
+# More shapes over fp8 caches than the table has: other dimensions, rows and dtypes of products.
+FP8_SHAPES: dict[str, dict[str, Any]] = {
+    "gpt-oss": {}, "d-96": {}, "d-192-128": {}, "gemma-2-9b": {}, "heads-128-1": {},
+    "llama-3-70b": {"q_lens": (4,) * 4, "kv_dtype": "float8_e5m2"},
+    "deepseek-v3-h16": {}, "deepseek-v3-q_v": {"descales": "per_head"}, "glm-4.7-flash": {},
+    "mistral-small-4": {"kv_dtype": "float8_e5m2", "dtype": "float16"}, "d-row-96-64": {},
+    "deepseek-v3-mtp": {}, "kimi-k2": {"descales": "per_head"},
+    "deepseek-v3-h128": {"q_lens": (2,) * 4, "kv_dtype": "float8_e5m2", "dtype": "float16"},
+    "glm-5": {"descales": "floats", "window": (100, 0), "softcap": 30.0, "sinks": True},
+}  # fmt: skip
+AS_FP8 = [
+    *(
+        replace(find_case(name), **({"name": f"{name}-fp8", "kv_dtype": "float8_e4m3fn"} | changes))
+        for name, changes in FP8_SHAPES.items()
+    ),
+    replace(
+        find_case("deepseek-v3-q_v"),
+        name="q_v-h128-fp8",
+        num_q_heads=128,
+        descales="per_head",
+        kv_dtype="float8_e4m3fn",
+    ),
+    replace(find_case("scales-q_v-groups"), name="mixed-h128-fp8", num_q_heads=128),
+    replace(find_case("scales-q_v"), name="mixed-rows-h64-fp8", num_q_heads=64, window=(40, 0)),
+]
+TAKEN = [case for case in (*CASES, *AS_FP8) if takes(case) and "bench" not in case.tags]
 
 
 def meetings() -> Iterator[Any]:
@@ -129,10 +158,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))",
     ),
     "float32": ("deepseek-v3-h16", {"dtype": "float32"}, "q is torch.float32; needs float16 or bfloat16"),
-    "fp8": (
-        "deepseek-v3-h16", {"kv_dtype": "float8_e4m3fn"},
-        "the cache is torch.float8_e4m3fn and torch.float8_e4m3fn; needs q's torch.bfloat16",
-    ),
     "many-rows": (
         "d-row-96-64", {"num_q_heads": 40},
         "V of 64 and 32 more dimensions of K, with 80 rows (query tokens x heads of a group); "
@@ -149,7 +174,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "needs (64, 256, 512) and (32, 64) of them",
     ),
     "alibi": ("deepseek-v3-h16", {"alibi": "heads"}, "alibi_slopes were given for MLA; needs None"),
-    "descales": ("deepseek-v3-h16", {"descales": "floats"}, "descales were given; needs None"),
+    "descales": (
+        "deepseek-v3-h16", {"descales": "floats"},
+        "descales were given for a cache of torch.bfloat16; needs an fp8 cache, or None",
+    ),
+    "scales-of-groups": (
+        "scales-groups", {}, "rows have 4 and 4 scales; needs one at most",
+    ),
 }  # fmt: skip
 
 
@@ -158,6 +189,15 @@ def test_shapes_and_features_are_refused_with_their_reason(name: str) -> None:
     case_name, changes, reason = REFUSED[name]
     case = replace(find_case(case_name), **changes)
     assert hopper.shape_refusals(problem_of(case, layouts_of(case)[0])) == [reason]
+
+
+def test_two_fp8_dtypes_are_refused() -> None:
+    case = replace(find_case("deepseek-v3-q_v"), kv_dtype="float8_e4m3fn")
+    v = make_inputs(case, find_layout("M9"), guard=False).kwargs["v"].view(torch.float8_e5m2)
+    assert hopper.shape_refusals(problem_of(case, find_layout("M9"), v=v)) == [
+        "the cache is torch.float8_e4m3fn and torch.float8_e5m2; needs q's torch.bfloat16 or one fp8 dtype, "
+        "or fp8 for V alone"
+    ]
 
 
 def test_v_in_the_middle_of_a_row_is_refused() -> None:
@@ -177,7 +217,7 @@ def test_rows_that_cannot_be_copied_are_refused_with_their_strides(name: str) ->
     last = problem.k_strides[4]
     if last != 1:
         assert f"the last stride of k is {last}; needs 1" in reasons
-    if hopper.row_vector(problem) == 1:
+    if hopper.row_vectors(problem)[0] == 1:
         assert "rows of the cache begin at multiples of 2 bytes" in reasons[-1]
         assert str(problem.k_strides[:4]) in reasons[-1]
 
@@ -293,6 +333,7 @@ def test_a_tensor_map_has_the_cache_as_it_lies() -> None:
 # Compiled for a device that is not here
 
 
+FP8 = {"kv_dtype": "float8_e4m3fn", "descales": "per_head"}
 SHAPES = {
     "h16": Shape("deepseek-v3-h16", "M1"),
     "h8": Shape("deepseek-v3-h8", "M1"),
@@ -312,6 +353,15 @@ SHAPES = {
     "h20-alone": Shape("glm-4.7-flash", "M1"),
     "h20-few": Shape("glm-4.7-flash", "M1"),
     "d64-alone": Shape("d-row-96-64", "M1", {"num_q_heads": 16}),
+    "h16-fp8": Shape("deepseek-v3-h16", "M14", FP8),
+    "h8-fp8": Shape("deepseek-v3-h8", "M14", FP8),
+    "h20-fp8": Shape("glm-4.7-flash", "M14", FP8),
+    "h16-fp8-alone": Shape("deepseek-v3-h16", "M14", FP8),
+    "q_v-fp8": Shape("deepseek-v3-q_v", "M7", FP8),
+    "q_v-fp8-mixed": Shape("scales-q_v-groups", "M9"),
+    "q_v-fp8-mixed-rows": Shape("scales-q_v", "M9"),
+    "rank-256-fp8": Shape("mistral-small-4", "M15", FP8 | {"dtype": "float16", "kv_dtype": "float8_e5m2"}),
+    "d64-fp8": Shape("d-row-96-64", "M1", FP8),
     "h64": Shape("kimi-k2", "M1"),
     "h128": Shape("deepseek-v3-h128", "M2"),
     "h128-q_v": Shape("deepseek-v3-q_v", "M9", {"num_q_heads": 128}),
@@ -322,6 +372,15 @@ SHAPES = {
     "h128-speculative": Shape("deepseek-v3-h128", "M1", {"q_lens": (2,)}),
     "h128-rank-256": Shape("mistral-small-4", "M15", {"num_q_heads": 128}),
     "h128-alone": Shape("deepseek-v3-h128", "M2"),
+    "h128-fp8": Shape("deepseek-v3-h128", "M14", FP8),
+    "h64-fp8": Shape("kimi-k2", "M14", FP8),
+    "h128-fp8-mixed": Shape(
+        "deepseek-v3-q_v",
+        "M9",
+        {"kv_dtype": "float8_e4m3fn", "rope_as_q": True, "scale_caches": "groups", "num_q_heads": 128},
+    ),
+    "h128-q_v-fp8": Shape("deepseek-v3-q_v", "M9", FP8 | {"num_q_heads": 128}),
+    "h128-rank-256-fp8": Shape("mistral-small-4", "M15", FP8 | {"num_q_heads": 128}),
     "h128-few": Shape("deepseek-v3-h128", "M2"),
     "h128-rank-256-few": Shape("mistral-small-4", "M15", {"num_q_heads": 128}),
     "h128-features": Shape("deepseek-v3-h128", "M1", {"window": (200, 0), "softcap": 30.0, "sinks": True}),
@@ -344,6 +403,16 @@ SHAPES = {
     "gqa-ranks": Shape("cp-2-16", "G2", {"q_lens": (1,)}),
     "gqa-splits": Shape("llama-3-8b", "G2", {"num_splits": 4}),
     "gqa-float16": Shape("llama-3-8b", "G2", {"dtype": "float16"}),
+    "gqa-fp8": Shape("llama-3-8b", "G2", FP8),
+    "gqa-fp8-e5m2": Shape("llama-3-8b", "G5", FP8 | {"kv_dtype": "float8_e5m2", "dtype": "float16"}),
+    "gqa-fp8-16-rows": Shape("llama-3-70b", "G5", FP8 | {"q_lens": (2,)}),
+    "gqa-fp8-64-rows": Shape("llama-3-70b", "G2", FP8 | {"q_lens": (8,)}),
+    "gqa-fp8-d64": Shape("gpt-oss", "G2", FP8),
+    "gqa-fp8-d96": Shape("d-96", "G4", FP8),
+    "gqa-fp8-d192": Shape("d-192-128", "G2", FP8),
+    "gqa-fp8-d256": Shape("gemma-2-9b", "G2", FP8),
+    "gqa-fp8-d256-64-rows": Shape("gemma-2-9b", "G2", FP8 | {"q_lens": (32,)}),
+    "gqa-fp8-alone": Shape("llama-3-8b", "G2", FP8),
     "gqa-alone": Shape("llama-3-8b", "G2"),
     "gqa-dense": Shape("dense", "G2"),
     "dense": Shape("dense-row", "M1"),
@@ -354,20 +423,31 @@ FEW = {"alone": 1, "few": 12}  # so few that many parts share a unit, and combin
 WIDE = tuple(name for name in SHAPES if name.startswith(("h64", "h128", "tma")))
 GQA = tuple(name for name in SHAPES if name.startswith("gqa"))
 # Too many rows for two programs to share a processor's registers, or too wide for its memory.
-ALONE = ("gqa-32-rows", "gqa-64-rows", "gqa-two-tiles", "gqa-d256", "gqa-d256-64-rows")
+ALONE = (
+    "gqa-32-rows", "gqa-64-rows", "gqa-two-tiles", "gqa-d256", "gqa-d256-64-rows",
+    "gqa-fp8-64-rows", "gqa-fp8-d256-64-rows",
+)  # fmt: skip
 BY_TMA = ("tma", "tma-q_v", "tma-rank-256", "h128-speculative")
 # Where nothing spills at all, not even at the ends of a unit or in the producer.
 CLEAN = (
     "h16", "h8", "q_v", "block-1", "splits", "float16", "few",
     "gqa", "gqa-d64", "gqa-block-1", "gqa-splits", "gqa-float16", "gqa-alone",
 )  # fmt: skip
-# What the ptxas of some Tritons keeps on the stack in the loops, where that of 3.7 keeps nothing: 3.9 some
-# addresses, 3.6 a counter where programs find their parts themselves.
+# What ptxas keeps on the stack in the loops: that of 3.9 some addresses, that of 3.6 a counter where programs
+# find their parts themselves; over fp8 caches all of them a register of the maximum that nobody needs, and
+# keys where rows are many.
 TRITON = int(triton.__version__.split(".")[1])
 ALLOWED = {
-    6: {"gqa-alone": 2},
-    9: {"speculative": 4, "h20-alone": 4, "h128-features": 6, "gqa-d256-64-rows": 20},
-}.get(TRITON, {})
+    "h16-fp8": 4, "h16-fp8-alone": 4, "q_v-fp8": 4, "q_v-fp8-mixed": 6, "q_v-fp8-mixed-rows": 4,
+    "h20-fp8": 12, "gqa-fp8-d256-64-rows": 64,
+} | {
+    6: {"gqa-alone": 2, "h16-fp8": 6, "q_v-fp8": 6},
+    9: {
+        "speculative": 4, "h20-alone": 4, "h128-features": 6, "gqa-d256-64-rows": 20,
+        "h20-fp8": 21, "q_v-fp8-mixed": 8, "q_v-fp8-mixed-rows": 6, "gqa-fp8-d256-64-rows": 89,
+        "h128-fp8": 13, "h64-fp8": 13, "h128-fp8-mixed": 21, "h128-q_v-fp8": 15,
+    },
+}.get(TRITON, {})  # fmt: skip
 
 
 def compiled(name: str) -> list[Binary]:
@@ -498,7 +578,10 @@ def test_compiles_and_fits(name: str) -> None:
     # need no schedule.
     others = {"combine_kernel"} if name.endswith("splits") else {"schedule_kernel"}
     assert {*names} == {decode.kernel} | (set() if name.endswith("alone") else others)
-    kernel = "mla_wide_kernel" if name in WIDE else "gqa_kernel" if name in GQA else "mla_narrow_kernel"
+    fp8 = "_fp8" if "fp8" in name else ""
+    kernel = f"mla_wide{fp8}_kernel" if name in WIDE else f"mla_narrow{fp8}_kernel"
+    if name in GQA:
+        kernel = "gqa_kernel"
     assert decode.kernel == kernel
     two = name in GQA and name not in ALONE  # programs on a processor; 1 KB of each is the system's
     assert decode.shared_bytes <= (113 << 10 if two else 232448)
@@ -569,6 +652,21 @@ def test_tma_changes_no_bit(case: Case, layout: Layout) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("exponent", [60, 20, -20, -60])
+@pytest.mark.parametrize(
+    "name", ["deepseek-v3-h16-fp8", "deepseek-v3-q_v-fp8", "kimi-k2-fp8", "gpt-oss-fp8", "d-96-fp8"]
+)
+def test_queries_beyond_float16_change_no_bit(name: str, exponent: int) -> None:
+    (case,) = (x for x in AS_FP8 if x.name == name)
+    case = replace(case, softmax_scale=0.1, sinks=False, window=(-1, -1))
+    inputs = make_inputs(case, layouts_of(case)[0], DEVICE)
+    power = 2.0**exponent
+    queries = {x: y * power for x in ("q", "q_v") if (y := inputs.kwargs.get(x)) is not None}
+    others = attend(inputs, "hopper", **queries, softmax_scale=0.1 / power)
+    assert_same_bits(run(inputs, "hopper"), others)
+
+
+@gpu
 @pytest.mark.parametrize("rows", ROW_RECIPES)
 @pytest.mark.parametrize("name", ["deepseek-v3-mtp", "deepseek-v3-q_v", "d-96", "gpt-oss"])
 def test_strides_of_q_and_out_change_no_bit(name: str, rows: str) -> None:
@@ -617,6 +715,78 @@ LONG = {
     "rank-256": Case("long-256", "test", (9000, 129, 0), (3,), 32, 1, 320, 256, "row", 64, dtype="float16"),
     "prefill": Case("long-prefill", "test", (900, 300, 77), (200,), 16, 1, 576, 512, "row", 64),
     "float16": Case("long-half", "test", (9000, 129), (1,), 16, 1, 576, 512, "row", 64, dtype="float16"),
+    "h16-fp8": Case(
+        "long-h16-fp8",
+        "test",
+        (8192, 5000, 64, 0, 20000),
+        (1,),
+        16,
+        1,
+        576,
+        512,
+        "row",
+        64,
+        kv_dtype="float8_e4m3fn",
+        descales="per_head",
+    ),
+    "h32-fp8": Case(
+        "long-h32-fp8",
+        "test",
+        (9000, 129, 40000, 63),
+        (1,),
+        32,
+        1,
+        576,
+        512,
+        "row",
+        528,
+        kv_dtype="float8_e5m2",
+    ),
+    "q_v-fp8": Case(
+        "long-q_v-fp8",
+        "test",
+        (9000, 129, 4000),
+        (2,),
+        16,
+        1,
+        64,
+        512,
+        "q_v",
+        48,
+        kv_dtype="float8_e4m3fn",
+        scale_caches="groups",
+        rope_as_q=True,
+        window=(700, 0),
+        sinks=True,
+    ),
+    "gqa-fp8": Case(
+        "long-gqa-fp8",
+        "test",
+        (8192, 5000, 64, 0, 20000),
+        (1,),
+        32,
+        8,
+        128,
+        128,
+        block_size=64,
+        kv_dtype="float8_e4m3fn",
+        scale_caches="rows",
+        descales="scalar",
+    ),
+    "gqa-fp8-d256": Case(
+        "long-gqa-fp8-d256",
+        "test",
+        (9000, 129, 40000, 63),
+        (2,),
+        16,
+        4,
+        256,
+        256,
+        block_size=16,
+        kv_dtype="float8_e4m3fn",
+        window=(700, 0),
+        softcap=20.0,
+    ),
     "gqa": Case("long-gqa", "test", (8192, 5000, 64, 0, 20000), (1,), 32, 8, 128, 128, block_size=64),
     "gqa-tokens": Case("long-gqa-q", "test", (9000, 129, 40000, 63), (8,), 16, 2, 128, 128, block_size=16),
     "gqa-window": Case(

@@ -291,6 +291,34 @@ def sinks(call: Call) -> tuple[Any, ...]:
     return (pointer(call, "s_aux"), *strides(call.s_aux, 1))
 
 
+def descale(call: Call, name: str) -> tuple[Any, int, int]:
+    """A descale that is a tensor, and its strides: of a sequence, of a head; 0 for a scalar."""
+    given = getattr(call, name)
+    if not isinstance(given, torch.Tensor):
+        return None, 0, 0
+    return (Pointer(name), 0, 0) if given.numel() == 1 else (Pointer(name), *given.stride())  # type: ignore[return-value]
+
+
+def descales(call: Call) -> tuple[Any, ...]:
+    """The descales that are tensors, of q, K and V, and their strides."""
+    return tuple(x for name in ("q_descale", "k_descale", "v_descale") for x in descale(call, name))
+
+
+def row_scales(
+    call: Call, name: str, strides: tuple[int, ...]
+) -> tuple[Pointer | None, int | None, int | None, int | None, int | None, int | None]:
+    """A scale cache and its strides; None, which is no parameter of a kernel, where there is none."""
+    if getattr(call, name) is None:
+        return None, None, None, None, None, None
+    page, block, token, head, group = strides
+    return Pointer(name), page, block, token, head, group
+
+
+def factor(descale: torch.Tensor | float | None) -> float:
+    """A descale that is a number; 1 for others."""
+    return descale if isinstance(descale, float | int) else 1.0
+
+
 def results(problem: Problem, call: Call) -> tuple[Any, ...]:
     """``out`` and ``lse`` with their strides, as all kernels take them."""
     lse_stride = 0 if call.lse is None else call.lse.stride(0)

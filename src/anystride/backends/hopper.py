@@ -16,7 +16,10 @@ from torch import Tensor
 from anystride import memory
 from anystride.kernels import combine_sm90, loaders_sm90
 from anystride.kernels.gqa_sm90 import gqa_kernel
+from anystride.kernels.mla_narrow_fp8_sm90 import COLUMNS as PIECE
+from anystride.kernels.mla_narrow_fp8_sm90 import mla_narrow_fp8_kernel
 from anystride.kernels.mla_narrow_sm90 import mla_narrow_kernel
+from anystride.kernels.mla_wide_fp8_sm90 import mla_wide_fp8_kernel
 from anystride.kernels.mla_wide_sm90 import mla_wide_kernel
 from anystride.launch import (
     Launch,
@@ -33,18 +36,21 @@ from anystride.launch import (
     run_again,
     sources,
 )
-from anystride.problem import Call, Problem, bucket
+from anystride.problem import FP8_DTYPES, Call, Problem, bucket
 from anystride.work import (
     STEP,
     Rows,
     Split,
     around,
     context_lengths,
+    descales,
+    factor,
     full_parts,
     lengths,
     new_scratch,
     out_constants,
     results,
+    row_scales,
     rows_in_tiles,
     schedule,
     shares,
@@ -56,6 +62,7 @@ from anystride.work import (
 
 NAME = "hopper"
 COLUMNS = loaders_sm90.COLUMNS.value
+PIECE_COLUMNS = PIECE.value
 
 WARPGROUP_VALUES = combine_sm90.VALUES_AT_ONCE.value
 FEW_SHARES = combine_sm90.FEW.value
@@ -66,6 +73,7 @@ LATENTS, ROPES = (64, 256, 512), (32, 64)
 WIDE_LATENTS, WIDE_ROPES = (256, 512), (64,)
 # GQA: d_qk and d_v
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+MOST_SHARED = 227 << 10  # of a program
 SHARED_BYTES = 228 << 10  # of a processor, for its programs, each of which takes some for itself
 OWN_BYTES = 3 << 10  # of those: the system's, barriers, what reductions and conversions pass through
 RING_BYTES = 128 << 10  # tiles that the programs of a processor have on their way: more was never faster
@@ -108,17 +116,39 @@ def is_mla(problem: Problem) -> bool:
     return problem.relation.kind == "v_in_k" or problem.has_q_v
 
 
+def is_fp8(problem: Problem) -> bool:
+    """Whether tiles are converted before they are multiplied."""
+    return problem.v_dtype.itemsize == 1
+
+
+def scale_groups(problem: Problem) -> tuple[int, ...]:
+    """Scales that a row of an fp8 latent may have: each for whole pieces of a tile."""
+    return tuple(n for n in (1, 2, 4) if n == 1 or problem.d_v % (n * PIECE_COLUMNS) == 0)
+
+
+def ring_slots(problem: Problem, m: int) -> int:
+    """Pieces of fp8 tiles on their way to the narrow kernel: what room its 16-bit tiles and queries leave."""
+    p, itemsize = problem, problem.dtype.itemsize
+    rope = rope_dims(p) if p.k_dtype == p.dtype else 0
+    taken = 2 * STEP * (p.d_v + rope + m) * itemsize  # tiles, weights
+    taken += m * (p.d_v + rope_dims(p)) * itemsize  # queries
+    taken += 16 * p.v_scale_groups * STEP + 5 * 1024  # scales; barriers, what layouts are converted through
+    return int(min(2 * (p.d_v // PIECE_COLUMNS + 2), (MOST_SHARED - taken) // (STEP * PIECE_COLUMNS)))
+
+
 def rope_dims(problem: Problem) -> int:
     """Dimensions of K that are not V's."""
     return problem.d_qk - (problem.d_v if problem.relation.kind == "v_in_k" else 0)
 
 
-def row_vector(problem: Problem) -> int:
-    """Elements that every row of the cache is aligned to; the parts of a row lie at multiples of 32."""
-    return min(
-        vector(problem.k_strides[:4], problem.k_align, problem.k_dtype.itemsize),
-        vector(problem.v_strides[:4], problem.v_align, problem.v_dtype.itemsize),
-    )
+def row_vectors(problem: Problem) -> tuple[int, int]:
+    """Elements that every row of K, and of V, is aligned to; the parts of a row lie at multiples of 32.
+
+    One number where they have one dtype.
+    """
+    k = vector(problem.k_strides[:4], problem.k_align, problem.k_dtype.itemsize)
+    v = vector(problem.v_strides[:4], problem.v_align, problem.v_dtype.itemsize)
+    return (min(k, v),) * 2 if problem.k_dtype == problem.v_dtype else (k, v)
 
 
 def maps_fit(problem: Problem) -> bool:
@@ -133,7 +163,7 @@ def maps_fit(problem: Problem) -> bool:
         for size, stride in zip(map_sizes(p, d)[:-1], map_strides(strides)[:-1], strict=True):
             if size == 0 or (size > 1 and not 0 < stride * itemsize < 1 << 40):
                 return False
-    aligned = row_vector(p) * itemsize >= 16 and rope_dims(p) % COLUMNS == 0
+    aligned = row_vectors(p)[1] * itemsize >= 16 and rope_dims(p) % COLUMNS == 0
     return aligned and (not p.paged or p.block_size % STEP == 0)
 
 
@@ -170,9 +200,9 @@ def tensor_map(problem: Problem, name: str, strides: tuple[int, ...], d: int) ->
 
 
 def tensor_maps(problem: Problem, config: Config) -> tuple[TensorMap | None, ...]:
-    """The maps of K and V that the wide kernel takes, and whether there are any."""
+    """The maps of K and V that the wide kernel of 16 bits takes, and whether there are any."""
     p = problem
-    if not is_mla(p) or config.tiles.m <= NARROW_ROWS:
+    if not is_mla(p) or is_fp8(p) or config.tiles.m <= NARROW_ROWS:
         return ()
     if not config.constants["BY_TMA"]:
         return None, None
@@ -207,8 +237,12 @@ def shape_refusals(problem: Problem) -> list[str]:
     reasons = []
     if p.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"q is {p.dtype}; needs float16 or bfloat16")
-    if p.k_dtype != p.dtype or p.v_dtype != p.dtype:
-        reasons.append(f"the cache is {p.k_dtype} and {p.v_dtype}; needs q's {p.dtype}")
+    caches = {(p.dtype, p.dtype), *((fp8, fp8) for fp8 in FP8_DTYPES)}
+    if p.has_q_v:
+        caches |= {(p.dtype, fp8) for fp8 in FP8_DTYPES}  # the rope part may be wider than the latent
+    if (p.k_dtype, p.v_dtype) not in caches:
+        wanted = f"q's {p.dtype} or one fp8 dtype" + (", or fp8 for V alone" if p.has_q_v else "")
+        reasons.append(f"the cache is {p.k_dtype} and {p.v_dtype}; needs {wanted}")
     if not is_mla(p):
         if (p.d_qk, p.d_v) not in HEAD_DIMS:
             reasons.append(
@@ -227,12 +261,18 @@ def shape_refusals(problem: Problem) -> list[str]:
             )
     if p.has_alibi and is_mla(p):
         reasons.append("alibi_slopes were given for MLA; needs None")
-    if p.has_q_descale or p.has_k_descale or p.has_v_descale:
-        reasons.append("descales were given; needs None")
-    if p.k_scale_groups:
-        reasons.append("k_scale_cache was given; needs None")
-    if p.v_scale_groups:
-        reasons.append("v_scale_cache was given; needs None")
+    if not is_fp8(p) and (p.has_q_descale or p.has_k_descale or p.has_v_descale):
+        reasons.append(f"descales were given for a cache of {p.k_dtype}; needs an fp8 cache, or None")
+    if is_mla(p):
+        if p.k_scale_groups:
+            reasons.append("k_scale_cache was given for MLA; needs None")
+        if p.v_scale_groups and (p.relation.kind == "v_in_k" or p.v_scale_groups not in scale_groups(p)):
+            reasons.append(
+                f"v_scale_cache has {p.v_scale_groups} scales for {p.d_v} dimensions; needs q_v, and one of "
+                f"{scale_groups(p)}"
+            )
+    elif max(p.k_scale_groups, p.v_scale_groups) > 1:
+        reasons.append(f"rows have {p.k_scale_groups} and {p.v_scale_groups} scales; needs one at most")
     return reasons
 
 
@@ -245,7 +285,8 @@ def stride_refusals(problem: Problem) -> list[str]:
             reasons.append(f"the last stride of {name} is {stride}; needs 1")
     if p.has_q_v and p.q_v_strides[2] != 1:
         reasons.append(f"the last stride of q_v is {p.q_v_strides[2]}; needs 1")
-    aligned = row_vector(p) * p.k_dtype.itemsize
+    k_vector, v_vector = row_vectors(p)
+    aligned = min(k_vector * p.k_dtype.itemsize, v_vector * p.v_dtype.itemsize)
     if aligned < 4:
         reasons.append(
             f"rows of the cache begin at multiples of {aligned} bytes: strides {p.k_strides[:4]} and "
@@ -269,15 +310,25 @@ def choose_tiles(problem: Problem) -> Tiles:
     else:
         m = 64
     if is_mla(problem):
-        return Tiles(m, STEP, 184 if m <= 16 else 224)
+        if not is_fp8(problem):
+            registers = 184 if m <= 16 else 224
+        elif m <= NARROW_ROWS:
+            registers = 208 if m <= 16 else 232 if problem.d_v > 256 else 224
+        else:  # the producer has half a tile in its registers, and scales beside it
+            registers = 200 if problem.v_scale_groups else 208
+        return Tiles(m, STEP, registers)
     return gqa_tiles(problem, m)
 
 
 def gqa_tiles(problem: Problem, m: int) -> Tiles:
     """Tiles of m rows: two programs a processor, one where two have no room for rings or for registers."""
     itemsize = problem.dtype.itemsize
-    tile = STEP * (bucket(problem.d_qk) + bucket(problem.d_v)) * itemsize
+    elements = STEP * (bucket(problem.d_qk) + bucket(problem.d_v))
+    tile = elements * problem.k_dtype.itemsize
     once = m * (bucket(problem.d_qk) + STEP) * itemsize  # queries and weights
+    if is_fp8(problem):
+        once += STEP * bucket(problem.d_v) * itemsize  # the values, converted
+        tile += 2 * STEP * 4  # scales of its rows
 
     def stages(programs: int) -> int:
         room = SHARED_BYTES // programs - OWN_BYTES - once
@@ -303,7 +354,7 @@ def config_for(problem: Problem, target: Target, captured: bool = False) -> Conf
         "BLOCK_SIZE": p.block_size if p.paged else 0,
         "BLOCKS_PER_PAGE": p.blocks_per_page,
         "D_V": p.d_v,
-        "VECTOR": row_vector(p),
+        "VECTOR": row_vectors(p)[1],
         "Q_VECTOR": query_vector(p),
         "HAS_LEFT": p.window_left >= 0,
         # One query token sees all keys up to its own; but a bounded window counts in the schedule.
@@ -318,9 +369,13 @@ def config_for(problem: Problem, target: Target, captured: bool = False) -> Conf
     if is_mla(p):
         v_at = p.relation.offset if p.relation.kind == "v_in_k" else -1
         constants |= {"D_K": rope_dims(p), "K_AT": p.d_v if v_at == 0 else 0, "V_AT": v_at}
+        if is_fp8(p):
+            constants |= {"K_VECTOR": row_vectors(p)[0], "GROUPS": p.v_scale_groups}
         if tiles.m <= NARROW_ROWS:
             constants["TILE_M"] = tiles.m
-        else:
+            if is_fp8(p):
+                constants["SLOTS"] = ring_slots(p, tiles.m)
+        elif not is_fp8(p):
             constants["BY_TMA"] = loads_by_tma(p, split.rows, programs(p, target))
     else:
         constants |= {"D_QK": p.d_qk, "K_SIZE": bucket(p.d_qk), "V_SIZE": bucket(p.d_v)}
@@ -365,23 +420,32 @@ def combine_shape(problem: Problem, split: Split, target: Target) -> tuple[int, 
 def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
     """What one call launches, in order. Looks at the strides of the call's tensors, never at an address."""
     split, p = config.split, problem
+    factors = [p.softmax_scale * factor(call.q_descale), p.softcap]
+    scales: tuple[Any, ...] = ()
+    if is_fp8(p) or not is_mla(p):
+        scales = (*descales(call), *row_scales(call, "v_scale_cache", p.v_scale_strides))
+        factors += [factor(call.k_descale), factor(call.v_descale)]
     cache = (
         pointer(call, "k"), *p.k_strides[:4], pointer(call, "v"), *p.v_strides[:4],
         *tensor_maps(p, config), pointer(call, "block_table"), *p.table_strides,
         *lengths(call), *context_lengths(p, call),
     )  # fmt: skip
     rest = (
-        *sinks(call), schedule(split, call), *results(p, call), Pointer("partial"), split.partial_lines,
-        p.softmax_scale, p.softcap, p.batch, p.window_left, p.window_right, p.cp_rank, *shares(split),
+        *sinks(call), *scales, schedule(split, call), *results(p, call), Pointer("partial"),
+        split.partial_lines, *factors, p.batch, p.window_left, p.window_right, p.cp_rank, *shares(split),
     )  # fmt: skip
     arguments: tuple[Any, ...]
     if is_mla(p):
-        kernel = mla_narrow_kernel if config.tiles.m <= NARROW_ROWS else mla_wide_kernel
+        if config.tiles.m <= NARROW_ROWS:
+            kernel = mla_narrow_fp8_kernel if is_fp8(p) else mla_narrow_kernel
+        else:
+            kernel = mla_wide_fp8_kernel if is_fp8(p) else mla_wide_kernel
         q_v = (pointer(call, "q_v"), *p.q_v_strides[:2])
         arguments = (pointer(call, "q"), *p.q_strides[:2], *q_v, *cache, *rest)
     else:
         kernel = gqa_kernel
-        arguments = (pointer(call, "q"), *p.q_strides[:2], *cache, *slopes(call), *rest)
+        k_scales = row_scales(call, "k_scale_cache", p.k_scale_strides)
+        arguments = (pointer(call, "q"), *p.q_strides[:2], *cache, *k_scales, *slopes(call), *rest)
     grid = (split.rows.tiles, problem.num_kv_heads, split.parts)
     combines = config.constants["SHARES"] > 0
     options: dict[str, Any] = {"num_warps": 4}

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 from anystride.kernels.decode import decode_kernel
 from anystride.launch import (
@@ -39,12 +38,15 @@ from anystride.work import (
     around,
     context_lengths,
     cut_rows,
+    descales,
+    factor,
     given_parts,
     lengths,
     new_scratch,
     out_constants,
     overlaps,
     results,
+    row_scales,
     schedule,
     shares,
     sinks,
@@ -234,29 +236,6 @@ def config_for(problem: Problem, target: Target) -> Config:
     return Config(tiles, split, constants)
 
 
-def _descale(name: str, descale: Tensor | float | None) -> tuple[Any, int, int]:
-    """Pointer and strides (seq, head): 0 for a scalar."""
-    if not isinstance(descale, Tensor):
-        return None, 0, 0
-    if descale.numel() == 1:
-        return Pointer(name), 0, 0
-    return Pointer(name), descale.stride(0), descale.stride(1)
-
-
-def _scales(
-    name: str, scales: Tensor | None, strides: tuple[int, ...]
-) -> tuple[Pointer | None, int | None, int | None, int | None, int | None, int | None]:
-    """Pointer and strides; None, which is no parameter of a compiled kernel, where there are no scales."""
-    if scales is None:
-        return None, None, None, None, None, None
-    page, block, token, head, group = strides
-    return Pointer(name), page, block, token, head, group
-
-
-def _factor(descale: Tensor | float | None) -> float:
-    return descale if isinstance(descale, float | int) else 1.0
-
-
 def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
     """What one call launches, in order. Looks at the strides of the call's tensors, never at an address."""
     split = config.split
@@ -270,14 +249,12 @@ def launches(problem: Problem, config: Config, call: Call) -> list[Launch]:
         pointer(call, "block_table"), *problem.table_strides,
         *lengths(call), *context_lengths(problem, call),
         *slopes(call), *sinks(call),
-        *_descale("q_descale", call.q_descale),
-        *_descale("k_descale", call.k_descale),
-        *_descale("v_descale", call.v_descale),
-        *_scales("k_scale_cache", call.k_scale_cache, problem.k_scale_strides),
-        *_scales("v_scale_cache", call.v_scale_cache, problem.v_scale_strides),
+        *descales(call),
+        *row_scales(call, "k_scale_cache", problem.k_scale_strides),
+        *row_scales(call, "v_scale_cache", problem.v_scale_strides),
         schedule(split, call), *results(problem, call), Pointer("partial"), split.partial_lines,
-        problem.softmax_scale * _factor(call.q_descale), problem.softcap,
-        _factor(call.k_descale), _factor(call.v_descale),
+        problem.softmax_scale * factor(call.q_descale), problem.softcap,
+        factor(call.k_descale), factor(call.v_descale),
         problem.batch, split.parts, problem.window_left, problem.window_right, problem.cp_rank,
         *shares(split),
     )

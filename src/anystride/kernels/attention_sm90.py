@@ -24,13 +24,21 @@ RUNTIME = [
     "stride_table_seq", "stride_table_block",
     "stride_cu_q", "stride_cu_k", "stride_seqused", "stride_cp_tot",
     "stride_alibi_seq", "stride_alibi_head", "stride_sinks",
+    "stride_q_descale_seq", "stride_q_descale_head",
+    "stride_k_descale_seq", "stride_k_descale_head",
+    "stride_v_descale_seq", "stride_v_descale_head",
+    "stride_k_scale_page", "stride_k_scale_block", "stride_k_scale_token", "stride_k_scale_head",
+    "stride_k_scale_group",
+    "stride_v_scale_page", "stride_v_scale_block", "stride_v_scale_token", "stride_v_scale_head",
+    "stride_v_scale_group",
     "stride_out_token", "stride_out_head", "stride_out_dim", "stride_lse_head",
     "batch", "window_left", "window_right", "cp_rank",
     "units_per_seq", "splits_per_unit", "steps_per_split", "rows_per_unit", "partial_lines",
 ]  # fmt: skip
 UNALIGNED = [
     "block_table_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr", "cp_tot_ptr", "alibi_ptr",
-    "sinks_ptr", "metadata_ptr",
+    "sinks_ptr", "q_descale_ptr", "k_descale_ptr", "v_descale_ptr",
+    "k_scale_cache_ptr", "v_scale_cache_ptr", "metadata_ptr",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from anystride.kernels.attention_sm90 import (
+    PLAIN,
     RUNTIME,
     UNALIGNED,
     answer_foreign,
@@ -31,6 +32,8 @@ from anystride.kernels.attention_sm90 import (
     with_own_part,
 )
 from anystride.kernels.combine_sm90 import combine_cut_units
+from anystride.kernels.decode import descale
+from anystride.kernels.fp8_sm90 import copy_scales, in_operand_order, load_operand, powers_of_two, scaled
 from anystride.kernels.loaders_sm90 import (
     PRODUCERS,
     TILE,
@@ -51,7 +54,8 @@ COLUMNS = gl.constexpr(128)
 
 @gluon.jit
 def produce(
-    k_smem, v_smem, k_full, v_full, empty, walk, lengths, k_ptr, k, v_ptr, v, table, kv_head, out, lse,
+    k_smem, v_smem, k_scales_smem, v_scales_smem, k_full, v_full, empty, walk, lengths, k_ptr, k, v_ptr, v,
+    k_scales, v_scales, table, kv_head, out, lse,
     D_QK: gl.constexpr, D_V: gl.constexpr, VECTOR: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr,
     GROUP_SIZE: gl.constexpr, TILE_M: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
@@ -87,8 +91,18 @@ def produce(
                 v_rows = row_offsets(block, positions, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
                 mbarrier.wait(empty.index(stage), phase)
                 copy_rows(k_smem.index(stage), k_ptr, k_rows, mask, D_QK, LAYOUT, MOST)
+                if k_scales[0] is not None:
+                    copy_scales(
+                        k_scales_smem.index(stage), k_scales, kv_head, 0, block, positions, k_start, mask,
+                        BLOCK_SIZE, BLOCKS_PER_PAGE,
+                    )  # fmt: skip
                 async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
                 copy_rows(v_smem.index(stage), v_ptr, v_rows, mask, D_V, LAYOUT, MOST)
+                if v_scales[0] is not None:
+                    copy_scales(
+                        v_scales_smem.index(stage), v_scales, kv_head, 0, block, positions, k_start, mask,
+                        BLOCK_SIZE, BLOCKS_PER_PAGE,
+                    )  # fmt: skip
                 async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
                 stage += 1
                 if stage == STAGES:
@@ -104,9 +118,75 @@ def produce(
         answer_foreign(walk, lengths, out, lse, kv_head, GROUP_SIZE, D_V)
 
 
+@gluon.constexpr_function
+def piece_width(width):
+    """Elements of a row's first piece as registers hold it: a power of two, and at most COLUMNS."""
+    return min(1 << (width.bit_length() - 1), COLUMNS.value)
+
+
+@gluon.jit
+def store_queries(
+    q_tile, q_ptr, q, q_start, first_row, num_rows, kv_head, D_QK: gl.constexpr, GROUP_SIZE: gl.constexpr,
+    TILE_M: gl.constexpr, Q_VECTOR: gl.constexpr, ROW: gl.constexpr,
+):  # fmt: skip
+    """Bring the queries for an fp8 cache, in the tile's dtype and in the order of its keys.
+
+    Returns:
+        What their scores are to be multiplied with, float32 ``[TILE_M]``.
+    """
+    LEFT: gl.constexpr = piece_width(D_QK)
+    RIGHT: gl.constexpr = D_QK - LEFT
+    left = load_queries(
+        q_ptr, q, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, LEFT, min(Q_VECTOR, LEFT // 32)
+    )
+    right = left
+    if RIGHT > 0:
+        right = load_queries(
+            q_ptr + LEFT, q, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, RIGHT,
+            min(Q_VECTOR, RIGHT // 32),
+        )  # fmt: skip
+    if q_tile.dtype == left.dtype:
+        down = gl.full([TILE_M], 1.0, gl.float32, ROW)
+    else:
+        up, down = powers_of_two(left, right, right)
+        left = scaled(left, up, q_tile.dtype)
+        if RIGHT > 0:
+            right = scaled(right, up, q_tile.dtype)
+        down = gl.convert_layout(down, ROW)
+    q_tile.slice(0, LEFT, dim=1).store(in_operand_order(left))
+    if RIGHT > 0:
+        q_tile.slice(LEFT, RIGHT, dim=1).store(in_operand_order(right))
+    return down
+
+
+@gluon.jit
+def score_fp8(k_tile, q_tile, scores, D_QK: gl.constexpr, LAYOUT: gl.constexpr):
+    """Start to score a tile of fp8 keys, in registers.
+
+    Returns:
+        ``(scores, keys)``, both in use until the products are waited for.
+    """
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
+    LEFT: gl.constexpr = piece_width(D_QK)
+    RIGHT: gl.constexpr = D_QK - LEFT
+    keys = load_operand(k_tile.slice(0, LEFT, dim=1), k_tile, LEFT, False, q_tile.dtype)
+    keys = gl.convert_layout(in_operand_order(keys), OPERAND, assert_trivial=True)
+    scores = warpgroup_mma(
+        keys, q_tile.slice(0, LEFT, dim=1).permute((1, 0)), scores, use_acc=False, is_async=True
+    )
+    if RIGHT > 0:
+        left = keys
+        keys = load_operand(k_tile.slice(LEFT, RIGHT, dim=1), k_tile, RIGHT, False, q_tile.dtype)
+        keys = gl.convert_layout(in_operand_order(keys), OPERAND, assert_trivial=True)
+        scores, left = warpgroup_mma_wait(0, deps=[scores, left])
+        scores = warpgroup_mma(keys, q_tile.slice(LEFT, RIGHT, dim=1).permute((1, 0)), scores, is_async=True)
+    return scores, keys
+
+
 @gluon.jit
 def consume(
-    q_smem, k_smem, v_smem, p_smem, k_full, v_full, empty, walk, lengths, q_ptr, q,
+    q_smem, k_smem, v_smem, k_scales_smem, v_scales_smem, wide_v_smem, p_smem,
+    k_full, v_full, empty, walk, lengths, q_ptr, q, q_descale, k_descale, v_descale,
     alibi, sinks, out, lse, partial, softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
     D_QK: gl.constexpr, D_V: gl.constexpr, Q_VECTOR: gl.constexpr, STAGES: gl.constexpr,
     GROUP_SIZE: gl.constexpr, TILE_M: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
@@ -114,6 +194,7 @@ def consume(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr,
+    K_SCALED: gl.constexpr, V_SCALED: gl.constexpr,
 ):  # fmt: skip
     """The tiles of the part, one after the other, and the results of its units.
 
@@ -121,6 +202,7 @@ def consume(
     of all products ahead of the loops, and all addresses of the results ahead of the walk, and spill them.
     """
     SHARDED: gl.constexpr = CP_WORLD_SIZE > 1
+    FP8: gl.constexpr = k_smem.dtype.primitive_bitwidth == 8
     # Products are made of pieces that are powers of two: 96 is 64 and 32, 192 is 128 and 64.
     K_SIZE: gl.constexpr = k_smem.shape[2]
     D_K0: gl.constexpr = K_SIZE if D_QK == K_SIZE else K_SIZE // 2
@@ -131,7 +213,8 @@ def consume(
     ROW: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     KEY: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     PIECE: gl.constexpr = D_QK & -D_QK  # of a query
-    FULL: gl.constexpr = V_SIZE * TILE_M > 8192  # an accumulator of 128 registers a thread
+    # An accumulator of 128 registers a thread, or of 64 beside keys that are converted in registers.
+    FULL: gl.constexpr = V_SIZE * TILE_M > (4096 if FP8 else 8192)
     tile_in_unit = gl.program_id(0)
     part = gl.program_id(2)
     offs_m = gl.arange(0, TILE_M, ROW)
@@ -153,7 +236,12 @@ def consume(
                 GROUP_SIZE, HAS_LEFT, HAS_RIGHT, SHARDED,
             )  # fmt: skip
             num_rows = num_tokens * GROUP_SIZE
-            for i in gl.static_range(D_QK // PIECE):
+            if FP8:
+                down = store_queries(
+                    q_smem.index(0), q_ptr, q, q_start, first_row, num_rows, kv_head, D_QK, GROUP_SIZE,
+                    TILE_M, Q_VECTOR, ROW,
+                )  # fmt: skip
+            for i in gl.static_range(0 if FP8 else D_QK // PIECE):
                 queries = load_queries(
                     q_ptr + i * PIECE, q, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, PIECE,
                     Q_VECTOR,
@@ -169,6 +257,11 @@ def consume(
                 first_row, num_rows, num_tokens, total, first_key, key_end, walk,
                 GROUP_SIZE, TILE_M, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
+            score_scale = softmax_scale
+            if FP8:
+                score_scale *= descale(q_descale[0], q_descale[1], q_descale[2], seq, kv_head)
+                score_scale *= k_descale[3] * descale(k_descale[0], k_descale[1], k_descale[2], seq, kv_head)
+                score_scale = gl.expand_dims(down, 0) * score_scale  # [1, TILE_M]
             acc = gl.zeros([V_SIZE, TILE_M], gl.float32, LAYOUT)
             row_max = gl.full([TILE_M], float("-inf"), gl.float32, ROW)
             row_sum = gl.zeros([TILE_M], gl.float32, ROW)
@@ -179,19 +272,40 @@ def consume(
                 q_tile = q_smem.index(zero)
                 k_tile = k_smem.index(stage)
                 mbarrier.wait(k_full.index(stage), phase)
-                fence_async_shared()
                 scores = gl.zeros([TILE, TILE_M], gl.float32, LAYOUT)
-                scores = warpgroup_mma(
-                    k_tile.slice(0, D_K0, dim=1), q_tile.slice(0, D_K0, dim=1).permute((1, 0)), scores,
-                    use_acc=False, is_async=True,
-                )  # fmt: skip
-                if D_K1 > 0:
+                if FP8:
+                    if K_SCALED:
+                        k_scale = k_scales_smem.index(stage).load(KEY)
+                    scores, keys = score_fp8(k_tile, q_tile, scores, D_QK, LAYOUT)
+                else:
+                    fence_async_shared()
+                    scores = warpgroup_mma(
+                        k_tile.slice(0, D_K0, dim=1), q_tile.slice(0, D_K0, dim=1).permute((1, 0)), scores,
+                        use_acc=False, is_async=True,
+                    )  # fmt: skip
+                if not FP8 and D_K1 > 0:
                     scores = warpgroup_mma(
                         k_tile.slice(D_K0, D_K1, dim=1), q_tile.slice(D_K0, D_K1, dim=1).permute((1, 0)),
                         scores, is_async=True,
                     )  # fmt: skip
-                scores = warpgroup_mma_wait(0, deps=[scores])
-                scores = in_base_2(scores, softmax_scale, softcap, HAS_SOFTCAP)
+                v_tile = v_smem.index(stage)
+                if FP8:  # while products are under way
+                    v_tile = wide_v_smem.index(zero)
+                    mbarrier.wait(v_full.index(stage), phase)
+                    PART: gl.constexpr = min(V_SIZE, COLUMNS)
+                    for i in gl.static_range(V_SIZE // PART):
+                        values = load_operand(
+                            v_smem.index(stage).slice(i * PART, PART, dim=1), v_scales_smem.index(stage),
+                            PART, V_SCALED, v_tile.dtype,
+                        )  # fmt: skip
+                        v_tile.slice(i * PART, PART, dim=1).store(values)
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    scores, keys = warpgroup_mma_wait(0, deps=[scores, keys])
+                else:
+                    scores = warpgroup_mma_wait(0, deps=[scores])
+                if K_SCALED:
+                    scores *= gl.expand_dims(k_scale, 1)
+                scores = in_base_2(scores, score_scale, softcap, HAS_SOFTCAP)
                 if alibi[0] is not None:
                     centre = total - num_tokens + (first_row + zero + offs_m) // GROUP_SIZE
                     where = positions_over_ranks(key + offs_n, cp_rank, CP_WORLD_SIZE, CP_INTERLEAVE)
@@ -214,13 +328,15 @@ def consume(
                 else:
                     prob_sum = prob_sum * gl.expand_dims(shrink, 0) + probs
                 row_max = new_max
-                p_smem.store(probs.to(v_smem.dtype))
+                p_smem.store(probs.to(p_smem.dtype))
                 acc = acc * gl.expand_dims(shrink, 0)
-                mbarrier.wait(v_full.index(stage), phase)
+                if not FP8:
+                    mbarrier.wait(v_full.index(stage), phase)
                 fence_async_shared()
-                acc = warpgroup_mma(v_smem.index(stage).permute((1, 0)), p_smem, acc, is_async=True)
+                acc = warpgroup_mma(v_tile.permute((1, 0)), p_smem, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(empty.index(stage), count=1)
+                if not FP8:
+                    mbarrier.arrive(empty.index(stage), count=1)
                 tiles += 1
                 stage += 1
                 if stage == STAGES:
@@ -245,6 +361,8 @@ def consume(
                 acc = acc * gl.expand_dims(shrink, 0)
             row_sum = gl.where(some, row_sum, 1.0)
             inverse = gl.where(some, 1.0 / row_sum, 0.0)
+            if FP8:
+                inverse *= v_descale[3] * descale(v_descale[0], v_descale[1], v_descale[2], seq, kv_head)
             row_lse = gl.where(some, anchor + gl.log2(row_sum), float("-inf"))
             result = acc * gl.expand_dims(inverse, 0)
             token = (q_start + rows // GROUP_SIZE).to(gl.int64)
@@ -287,13 +405,20 @@ def gqa_kernel(
     cu_seqlens_k_ptr, stride_cu_k,
     seqused_k_ptr, stride_seqused,
     cp_tot_ptr, stride_cp_tot,
+    k_scale_cache_ptr, stride_k_scale_page, stride_k_scale_block, stride_k_scale_token,
+    stride_k_scale_head, stride_k_scale_group,
     alibi_ptr, stride_alibi_seq, stride_alibi_head,
     sinks_ptr, stride_sinks,
+    q_descale_ptr, stride_q_descale_seq, stride_q_descale_head,
+    k_descale_ptr, stride_k_descale_seq, stride_k_descale_head,
+    v_descale_ptr, stride_v_descale_seq, stride_v_descale_head,
+    v_scale_cache_ptr, stride_v_scale_page, stride_v_scale_block, stride_v_scale_token,
+    stride_v_scale_head, stride_v_scale_group,
     metadata_ptr,
     out_ptr, stride_out_token, stride_out_head, stride_out_dim,
     lse_ptr, stride_lse_head,
     partial_ptr, partial_lines,
-    softmax_scale: gl.float32, softcap: gl.float32,
+    softmax_scale: gl.float32, softcap: gl.float32, k_factor: gl.float32, v_factor: gl.float32,
     batch, window_left, window_right, cp_rank,
     units_per_seq, splits_per_unit, steps_per_split, rows_per_unit,
     GROUP_SIZE: gl.constexpr,
@@ -317,13 +442,26 @@ def gqa_kernel(
     """
     gdc_launch_dependents()
     SHARDED: gl.constexpr = CP_WORLD_SIZE > 1
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, K_SIZE], dtype)
-    V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, V_SIZE], dtype)
+    kv_dtype: gl.constexpr = k_ptr.dtype.element_ty
+    FP8: gl.constexpr = kv_dtype.primitive_bitwidth == 8
+    dtype: gl.constexpr = gl.float16 if FP8 and v_scale_cache_ptr is None else q_ptr.dtype.element_ty
+    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, K_SIZE], kv_dtype)
+    V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, V_SIZE], kv_dtype)
+    WIDE_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_M, K_SIZE], dtype)
+    WIDE_V: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, V_SIZE], dtype)
     PROBS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, TILE_M], dtype)
-    q_smem = gl.allocate_shared_memory(dtype, [1, TILE_M, K_SIZE], K_LAYOUT)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, K_SIZE], K_LAYOUT)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, V_SIZE], V_LAYOUT)
+    q_smem = gl.allocate_shared_memory(dtype, [1, TILE_M, K_SIZE], WIDE_K)
+    k_smem = gl.allocate_shared_memory(kv_dtype, [STAGES, TILE, K_SIZE], K_LAYOUT)
+    v_smem = gl.allocate_shared_memory(kv_dtype, [STAGES, TILE, V_SIZE], V_LAYOUT)
+    wide_v_smem = v_smem  # where the values lie that are multiplied
+    if FP8:
+        wide_v_smem = gl.allocate_shared_memory(dtype, [1, TILE, V_SIZE], WIDE_V)
+    k_scales_smem = k_smem  # nobody looks at those that are not there
+    v_scales_smem = v_smem
+    if k_scale_cache_ptr is not None:
+        k_scales_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], PLAIN)
+    if v_scale_cache_ptr is not None:
+        v_scales_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], PLAIN)
     p_smem = gl.allocate_shared_memory(dtype, [TILE, TILE_M], PROBS)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -335,7 +473,7 @@ def gqa_kernel(
 
     kv_head = gl.program_id(1)
     # A base off 16 bytes: Triton knows nothing of it unless it is told.
-    BYTES: gl.constexpr = VECTOR * dtype.primitive_bitwidth // 8
+    BYTES: gl.constexpr = VECTOR * kv_dtype.primitive_bitwidth // 8
     k_base = gl.multiple_of(k_ptr + kv_head.to(gl.int64) * stride_k_head, BYTES)
     v_base = gl.multiple_of(v_ptr + kv_head.to(gl.int64) * stride_v_head, BYTES)
     k = (stride_k_page, stride_k_block, stride_k_token)
@@ -352,6 +490,17 @@ def gqa_kernel(
     q = (stride_q_token, stride_q_head)
     alibi = (alibi_ptr, stride_alibi_seq, stride_alibi_head)
     sinks = (sinks_ptr, stride_sinks)
+    q_descale = (q_descale_ptr, stride_q_descale_seq, stride_q_descale_head)
+    k_descale = (k_descale_ptr, stride_k_descale_seq, stride_k_descale_head, k_factor)
+    v_descale = (v_descale_ptr, stride_v_descale_seq, stride_v_descale_head, v_factor)
+    k_scales = (
+        k_scale_cache_ptr, stride_k_scale_page, stride_k_scale_block, stride_k_scale_token,
+        stride_k_scale_head, stride_k_scale_group,
+    )  # fmt: skip
+    v_scales = (
+        v_scale_cache_ptr, stride_v_scale_page, stride_v_scale_block, stride_v_scale_token,
+        stride_v_scale_head, stride_v_scale_group,
+    )  # fmt: skip
     out = (out_ptr, stride_out_token, stride_out_head, stride_out_dim)
     lse = (lse_ptr, stride_lse_head)
     partial = (partial_ptr, partial_lines)
@@ -359,14 +508,17 @@ def gqa_kernel(
         walk = with_own_part(walk, lengths, GROUP_SIZE, HAS_LEFT and HAS_RIGHT and not SHARDED, SEQUENCES)
     gl.warp_specialize([
         (produce, (
-            k_smem, v_smem, k_full, v_full, empty, walk, lengths, k_base, k, v_base, v, table, kv_head,
-            out, lse, D_QK, D_V, VECTOR, STAGES, BLOCK_SIZE, BLOCKS_PER_PAGE,
+            k_smem, v_smem, k_scales_smem, v_scales_smem, k_full, v_full, empty, walk, lengths,
+            k_base, k, v_base, v, k_scales, v_scales, table, kv_head, out, lse, D_QK, D_V, VECTOR, STAGES,
+            BLOCK_SIZE, BLOCKS_PER_PAGE,
             GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT, SHARDED,
         )),
         (consume, (
-            q_smem, k_smem, v_smem, p_smem, k_full, v_full, empty, walk, lengths, q_ptr, q,
+            q_smem, k_smem, v_smem, k_scales_smem, v_scales_smem, wide_v_smem, p_smem,
+            k_full, v_full, empty, walk, lengths, q_ptr, q, q_descale, k_descale, v_descale,
             alibi, sinks, out, lse, partial, softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_QK, D_V, Q_VECTOR, STAGES, GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS, SHARES, LINES, DIMS,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR,
+            k_scale_cache_ptr is not None, v_scale_cache_ptr is not None,
         )),
     ], [4], [CONSUMER_REGISTERS])  # fmt: skip

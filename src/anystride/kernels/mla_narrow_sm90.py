@@ -120,6 +120,115 @@ def store_piece(
 
 
 @gluon.jit
+def weigh(
+    scores, row_max, prob_sum, p_smem, key, score_scale, softcap, before, first_row, all_begin, all_end,
+    first_key, key_end, walk, cp_rank, LAYOUT: gl.constexpr, GROUP_SIZE: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, CP_WORLD_SIZE: gl.constexpr,
+    CP_INTERLEAVE: gl.constexpr,
+):  # fmt: skip
+    """Weights of a tile's keys into ``p_smem``, from their scores, and what becomes of maxima and sums.
+
+    ``before``: the position of the sequence's first query token.
+    """
+    TILE_M: gl.constexpr = scores.shape[1]
+    scores = in_base_2(scores, score_scale, softcap, HAS_SOFTCAP)
+    if CP_WORLD_SIZE > 1 or (key < all_begin) | (key + TILE > all_end):
+        offs_m = gl.arange(0, TILE_M, gl.SliceLayout(0, LAYOUT))
+        offs_n = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+        centre = before + (first_row + offs_m) // GROUP_SIZE
+        visible = is_visible(
+            gl.expand_dims(key + offs_n, 1), gl.expand_dims(centre - walk[6], 0),
+            gl.expand_dims(centre + walk[7], 0), first_key, key_end, cp_rank,
+            HAS_LEFT, HAS_RIGHT, CP_WORLD_SIZE, CP_INTERLEAVE,
+        )  # fmt: skip
+        scores = gl.where(visible, scores, float("-inf"))
+    new_max = gl.maximum(row_max, gl.max(scores, 0))
+    anchor = gl.where(new_max == float("-inf"), 0.0, new_max)
+    shrink = gl.exp2(row_max - anchor)
+    probs = gl.exp2(scores - gl.expand_dims(anchor, 0))  # [TILE, TILE_M]
+    p_smem.store(probs.to(p_smem.dtype))
+    return new_max, prob_sum * gl.expand_dims(shrink, 0) + probs, shrink
+
+
+@gluon.jit
+def finish(
+    W: gl.constexpr, acc0, acc1, row_max, prob_sum, factor, own_stats, other_stats, given, taken, own_done,
+    other_done, turn, zero, q_start, first_row, num_rows, whole, first_line, kv_head, sinks, out, lse,
+    partial, D_V0: gl.constexpr, D_V1: gl.constexpr, GROUP_SIZE: gl.constexpr, OUT_UNIT: gl.constexpr,
+    EARLY: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Write a unit's results, times ``factor`` unless that is None.
+
+    Both warpgroups have a result over their own tiles: each gives the other a half of it, and finishes one.
+    """
+    ROW: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    TILE_M: gl.constexpr = acc0.shape[1]
+    offs_m = gl.arange(0, TILE_M, ROW)
+    rows = first_row + zero + offs_m  # [TILE_M]
+    row_mask = rows < num_rows
+    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    row_sum = gl.sum(prob_sum, 0)
+    own_stats.index(0).store(row_max)
+    own_stats.index(1).store(row_sum)
+    if W == 1:
+        given.store(acc0)
+        mbarrier.arrive(own_done, count=1)
+    elif EARLY:
+        if D_V1 > 0:
+            given.store(acc1)
+        mbarrier.arrive(own_done, count=1)
+    mbarrier.wait(other_done, turn & 1)
+    other_max = other_stats.index(0).load(ROW)
+    other_sum = other_stats.index(1).load(ROW)
+    top = gl.maximum(row_max, other_max)
+    if sinks[0] is not None:
+        sink = gl.load(sinks[0] + head * sinks[1], mask=row_mask, other=0.0).to(gl.float32)
+        sink = gl.where(whole, sink * LOG2_E, float("-inf"))  # else the combine kernel adds it
+        top = gl.maximum(top, sink)
+    anchor = gl.where(top == float("-inf"), 0.0, top)
+    own_weight = gl.exp2(row_max - anchor)
+    other_weight = gl.exp2(other_max - anchor)
+    row_sum = row_sum * own_weight + other_sum * other_weight
+    some = row_sum > 0  # a row without keys stays empty, whatever its sink
+    if sinks[0] is not None:
+        row_sum += gl.exp2(sink - anchor)
+    row_sum = gl.where(some, row_sum, 1.0)
+    inverse = gl.where(some, 1.0 / row_sum, 0.0)
+
+    if factor is not None:
+        inverse *= factor
+    partial_ptr = partial[0] + first_line * (D_V0 + D_V1)
+    token = (q_start + rows // GROUP_SIZE).to(gl.int64)
+    out_rows = token * out[1] + head.to(gl.int64) * out[2]
+    if W == 0:
+        row_lse = gl.where(some, anchor + gl.log2(row_sum), float("-inf"))
+        if whole:
+            if lse[0] is not None:
+                ptrs = lse[0] + head.to(gl.int64) * lse[1] + token
+                gl.store(ptrs, row_lse * LN_2, mask=row_mask)
+        else:
+            behind = partial[1].to(gl.int64) * (D_V0 + D_V1)
+            gl.store(partial[0] + behind + first_line + offs_m, row_lse)
+        acc0 *= gl.expand_dims(own_weight, 0)
+        acc0 += taken.load(LAYOUT) * gl.expand_dims(other_weight, 0)
+        if not EARLY:  # one place for both halves: it was free only now
+            if D_V1 > 0:
+                given.store(acc1)
+            mbarrier.arrive(own_done, count=1)
+        store_piece(
+            acc0, inverse, whole, out[0], out_rows, out[3], row_mask, partial_ptr, offs_m,
+            zero, D_V0, D_V0 + D_V1, OUT_UNIT, LAYOUT,
+        )  # fmt: skip
+    elif D_V1 > 0:
+        acc1 *= gl.expand_dims(own_weight, 0)
+        acc1 += taken.load(LAYOUT) * gl.expand_dims(other_weight, 0)
+        store_piece(
+            acc1, inverse, whole, out[0], out_rows, out[3], row_mask, partial_ptr, offs_m,
+            D_V0 + zero, D_V1, D_V0 + D_V1, OUT_UNIT, LAYOUT,
+        )  # fmt: skip
+
+
+@gluon.jit
 def consume(
     W: gl.constexpr, q_v_smem, q_k_smem, v_smem, k_smem, p_smem, own_stats, other_stats, given, taken,
     full, empty, q_ready, own_done, other_done, walk, lengths, q_k_ptr, q_k, q_v_ptr, q_v,
@@ -140,11 +249,8 @@ def consume(
     # Scores and accumulators have one layout, [keys or dimensions, rows]: what belongs to rows fits both.
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_M, 16])
     ROW: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    KEY: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     tile_in_unit = gl.program_id(0)
     part = gl.program_id(2)
-    offs_m = gl.arange(0, TILE_M, ROW)
-    offs_n = gl.arange(0, TILE, KEY)
     seq, unit, step, end_seq, end_unit, end_step = part_range(part, walk, SCHEDULED)
     first_seq = seq
     first_unit = unit
@@ -206,23 +312,12 @@ def consume(
                 )
                 scores = warpgroup_mma(k_tile, q_k_smem.index(zero).permute((1, 0)), scores, is_async=True)
                 scores = warpgroup_mma_wait(0, deps=[scores])
-                scores = in_base_2(scores, softmax_scale, softcap, HAS_SOFTCAP)
-                key = key_begin + i * TILE
-                if SHARDED or (key < all_begin) | (key + TILE > all_end):
-                    centre = total - num_tokens + (first_row + zero + offs_m) // GROUP_SIZE
-                    visible = is_visible(
-                        gl.expand_dims(key + offs_n, 1), gl.expand_dims(centre - walk[6], 0),
-                        gl.expand_dims(centre + walk[7], 0), first_key, key_end, cp_rank,
-                        HAS_LEFT, HAS_RIGHT, CP_WORLD_SIZE, CP_INTERLEAVE,
-                    )  # fmt: skip
-                    scores = gl.where(visible, scores, float("-inf"))
-                new_max = gl.maximum(row_max, gl.max(scores, 0))
-                anchor = gl.where(new_max == float("-inf"), 0.0, new_max)
-                shrink = gl.exp2(row_max - anchor)
-                probs = gl.exp2(scores - gl.expand_dims(anchor, 0))  # [TILE, TILE_M]
-                prob_sum = prob_sum * gl.expand_dims(shrink, 0) + probs
-                row_max = new_max
-                p_smem.store(probs.to(v_smem.dtype))
+                row_max, prob_sum, shrink = weigh(
+                    scores, row_max, prob_sum, p_smem, key_begin + i * TILE, softmax_scale, softcap,
+                    total - num_tokens, first_row + zero, all_begin, all_end, first_key, key_end, walk,
+                    cp_rank, LAYOUT, GROUP_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE,
+                    CP_INTERLEAVE,
+                )  # fmt: skip
                 fence_async_shared()
                 acc0 = acc0 * gl.expand_dims(shrink, 0)
                 v_half = v_tile.slice(0, D_V0, dim=1).permute((1, 0))
@@ -238,72 +333,17 @@ def consume(
                 own_tiles += 1
             tiles += num_tiles
 
-            # Both have a result over their own tiles: each gives the other a half of it, and finishes one.
-            zero = own_tiles >> 30
-            rows = first_row + zero + offs_m  # [TILE_M]
-            row_mask = rows < num_rows
-            head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
-            row_sum = gl.sum(prob_sum, 0)
-            own_stats.index(0).store(row_max)
-            own_stats.index(1).store(row_sum)
-            if W == 1:
-                given.store(acc0)
-                mbarrier.arrive(own_done, count=1)
-            elif EARLY:
-                if D_V1 > 0:
-                    given.store(acc1)
-                mbarrier.arrive(own_done, count=1)
-            mbarrier.wait(other_done, turn & 1)
-            other_max = other_stats.index(0).load(ROW)
-            other_sum = other_stats.index(1).load(ROW)
-            top = gl.maximum(row_max, other_max)
-            if sinks[0] is not None:
-                sink = gl.load(sinks[0] + head * sinks[1], mask=row_mask, other=0.0).to(gl.float32)
-                sink = gl.where(whole, sink * LOG2_E, float("-inf"))  # else the combine kernel adds it
-                top = gl.maximum(top, sink)
-            anchor = gl.where(top == float("-inf"), 0.0, top)
-            own_weight = gl.exp2(row_max - anchor)
-            other_weight = gl.exp2(other_max - anchor)
-            row_sum = row_sum * own_weight + other_sum * other_weight
-            some = row_sum > 0  # a row without keys stays empty, whatever its sink
-            if sinks[0] is not None:
-                row_sum += gl.exp2(sink - anchor)
-            row_sum = gl.where(some, row_sum, 1.0)
-            inverse = gl.where(some, 1.0 / row_sum, 0.0)
-
+            if D_V1 == 0:
+                acc1 = acc0  # there is none, and nobody looks at it
             first_line = partial_line(
                 seq, unit, first_seq, first_unit, part, kv_head, num_kv_heads, walk[5], tile_in_unit,
                 TILE_M, SCHEDULED,
             )  # fmt: skip
-            partial_ptr = partial[0] + first_line * (D_V0 + D_V1)
-            token = (q_start + rows // GROUP_SIZE).to(gl.int64)
-            out_rows = token * out[1] + head.to(gl.int64) * out[2]
-            if W == 0:
-                row_lse = gl.where(some, anchor + gl.log2(row_sum), float("-inf"))
-                if whole:
-                    if lse[0] is not None:
-                        ptrs = lse[0] + head.to(gl.int64) * lse[1] + token
-                        gl.store(ptrs, row_lse * LN_2, mask=row_mask)
-                else:
-                    behind = partial[1].to(gl.int64) * (D_V0 + D_V1)
-                    gl.store(partial[0] + behind + first_line + offs_m, row_lse)
-                acc0 *= gl.expand_dims(own_weight, 0)
-                acc0 += taken.load(LAYOUT) * gl.expand_dims(other_weight, 0)
-                if not EARLY:  # one place for both halves: it was free only now
-                    if D_V1 > 0:
-                        given.store(acc1)
-                    mbarrier.arrive(own_done, count=1)
-                store_piece(
-                    acc0, inverse, whole, out[0], out_rows, out[3], row_mask, partial_ptr, offs_m,
-                    zero, D_V0, D_V0 + D_V1, OUT_UNIT, LAYOUT,
-                )  # fmt: skip
-            elif D_V1 > 0:
-                acc1 *= gl.expand_dims(own_weight, 0)
-                acc1 += taken.load(LAYOUT) * gl.expand_dims(other_weight, 0)
-                store_piece(
-                    acc1, inverse, whole, out[0], out_rows, out[3], row_mask, partial_ptr, offs_m,
-                    D_V0 + zero, D_V1, D_V0 + D_V1, OUT_UNIT, LAYOUT,
-                )  # fmt: skip
+            finish(
+                W, acc0, acc1, row_max, prob_sum, None, own_stats, other_stats, given, taken, own_done,
+                other_done, turn, own_tiles >> 30, q_start, first_row, num_rows, whole, first_line, kv_head,
+                sinks, out, lse, partial, D_V0, D_V1, GROUP_SIZE, OUT_UNIT, EARLY, LAYOUT,
+            )  # fmt: skip
             turn += 1
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
     if SHARES > 0:

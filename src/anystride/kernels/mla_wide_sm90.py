@@ -40,6 +40,7 @@ from anystride.kernels.attention_sm90 import (
     with_own_part,
 )
 from anystride.kernels.combine_sm90 import combine_cut_units
+from anystride.kernels.fp8_sm90 import factor_of, factors, load_whole_queries, scaled
 from anystride.kernels.loaders_sm90 import (
     COLUMNS,
     PRODUCERS,
@@ -378,8 +379,8 @@ def score_half(
 
 @gluon.jit
 def finish(
-    q_half, acc, reference, row_sum, other_sum, whole, q_start, first_row, num_rows, kv_head, first_line,
-    sinks, out, lse, partial, first_dim, zero, GROUP_SIZE: gl.constexpr, D_HALF: gl.constexpr,
+    q_half, acc, reference, row_sum, scale, other_sum, whole, q_start, first_row, num_rows, kv_head,
+    first_line, sinks, out, lse, partial, first_dim, zero, GROUP_SIZE: gl.constexpr, D_HALF: gl.constexpr,
     IS_LEFT: gl.constexpr, OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Normalise one half of a unit's dimensions and write it: to ``out``, or to the partial results."""
@@ -399,6 +400,8 @@ def finish(
         row_sum = row_sum * gl.exp2(reference - anchor) + gl.exp2(sink - anchor)
     row_sum = gl.where(some, row_sum, 1.0)
     inverse = gl.where(some, gl.exp2(reference - anchor) / row_sum, 0.0)
+    if scale is not None:
+        inverse *= scale
     if IS_LEFT:
         row_lse = gl.where(some, anchor + gl.log2(row_sum), float("-inf"))
         if whole:
@@ -409,7 +412,8 @@ def finish(
     result = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, LAYOUT)), 1)
     if whole:
         # By way of shared memory, where the queries were: rows are written 16 bytes a thread.
-        q_half.store(result.to(out[0].dtype.element_ty))
+        dtype: gl.constexpr = out[0].dtype.element_ty
+        q_half.store(result.to(dtype).to(q_half.dtype, bitcast=True))
         LANES: gl.constexpr = min(D_HALF // 8, 32)
         STORE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
         out_rows = first_row + zero + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
@@ -420,7 +424,8 @@ def finish(
         if not OUT_UNIT:
             offsets = offsets * out[3]
         ptrs = out[0] + (gl.expand_dims(row_offsets, 1) + gl.expand_dims(offsets, 0))
-        gl.store(ptrs, q_half.load(STORE), mask=gl.expand_dims(out_rows < num_rows, 1))
+        values = q_half.load(STORE).to(dtype, bitcast=True)
+        gl.store(ptrs, values, mask=gl.expand_dims(out_rows < num_rows, 1))
     else:
         acc_dims = first_dim + zero + gl.arange(0, D_HALF, gl.SliceLayout(0, LAYOUT))
         acc_m = zero + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
@@ -433,14 +438,16 @@ def consume_left(
     q_v_smem, q_k_smem, v_smem, k_smem, limits_smem, reference0_smem, reference1_smem,
     own_sum_smem, other_sum_smem,
     full, empty, q_ready, p0_ready, p1_ready, own_done, other_done,
-    walk, lengths, q_v_ptr, q_v, sinks, out, lse, partial,
+    walk, lengths, q_v_ptr, q_v, q_k_ptr, q_k, q_descale, k_descale, v_descale,
+    sinks, out, lse, partial,
     softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
-    D_HALF: gl.constexpr, Q_VECTOR: gl.constexpr, GROUP_SIZE: gl.constexpr,
+    D_HALF: gl.constexpr, D_K: gl.constexpr, Q_VECTOR: gl.constexpr, GROUP_SIZE: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
     SHARES: gl.constexpr, LINES: gl.constexpr, DIMS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, BY_TMA: gl.constexpr,
+    FP8: gl.constexpr = False, ONE_ROW: gl.constexpr = True, NARROWED: gl.constexpr = False,
 ):  # fmt: skip
     """The warpgroup of the even tiles and of the left half of the output.
 
@@ -468,9 +475,22 @@ def consume_left(
                 GROUP_SIZE, HAS_LEFT, HAS_RIGHT, SHARDED,
             )  # fmt: skip
             num_rows = num_tokens * GROUP_SIZE
-            queries = load_queries(
-                q_v_ptr, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF, Q_VECTOR
-            )
+            score_scale = softmax_scale
+            if FP8:
+                score_scale, rope_scale = factors(
+                    score_scale, q_descale, k_descale, v_descale, seq, kv_head, ONE_ROW
+                )
+            if NARROWED:
+                queries, _rope, _right, up, down = load_whole_queries(
+                    q_v_ptr, q_v, q_k_ptr, q_k, rope_scale, q_start, first_row, num_rows, kv_head,
+                    GROUP_SIZE, ROWS, D_HALF, D_K, Q_VECTOR, ONE_ROW,
+                )  # fmt: skip
+                queries = scaled(queries, up, dtype)
+                score_scale = gl.expand_dims(gl.convert_layout(down, ROW), 1) * score_scale  # [ROWS, 1]
+            else:
+                queries = load_queries(
+                    q_v_ptr, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF, Q_VECTOR
+                )
             q_v_smem.index(0).slice(0, D_HALF, dim=1).store(queries)
             fence_async_shared()
             mbarrier.arrive(q_ready, count=1)
@@ -508,7 +528,7 @@ def consume_left(
                 p1_smem = k_smem.index(1 + zero)
                 scores = mask_scores(
                     scores, limits_smem, key_begin + i * 2 * TILE, all_begin, all_end, first_key, key_end,
-                    softmax_scale, softcap, cp_rank, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                    score_scale, softcap, cp_rank, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
                     CP_WORLD_SIZE, CP_INTERLEAVE,
                 )  # fmt: skip
                 reference0 = next_reference(reference, scores)
@@ -556,8 +576,11 @@ def consume_left(
                 seq, unit, first_seq, first_unit, part, kv_head, num_kv_heads, walk[5], gl.program_id(0),
                 ROWS, SCHEDULED,
             )  # fmt: skip
+            results_scale = None
+            if FP8:
+                results_scale = factor_of(v_descale, seq, kv_head)
             finish(
-                q_v_smem.index(0).slice(0, D_HALF, dim=1), acc, reference, row_sum,
+                q_v_smem.index(0).slice(0, D_HALF, dim=1), acc, reference, row_sum, results_scale,
                 other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head, first_line,
                 sinks, out, lse, partial, 0, gl.multiple_of(pairs >> 30, 16), GROUP_SIZE,
                 D_HALF, True, OUT_UNIT, OUT_VECTOR, ACC,
@@ -576,7 +599,8 @@ def consume_right(
     q_v_smem, q_k_smem, v_smem, k_smem, limits_smem, reference0_smem, reference1_smem,
     own_sum_smem, other_sum_smem,
     full, empty, q_ready, p0_ready, p1_ready, own_done, other_done,
-    walk, lengths, q_v_ptr, q_v, q_k_ptr, q_k, sinks, out, lse, partial,
+    walk, lengths, q_v_ptr, q_v, q_k_ptr, q_k, q_descale, k_descale, v_descale,
+    sinks, out, lse, partial,
     softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
     D_HALF: gl.constexpr, D_K: gl.constexpr, Q_VECTOR: gl.constexpr, GROUP_SIZE: gl.constexpr,
     SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
@@ -584,6 +608,7 @@ def consume_right(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CP_WORLD_SIZE: gl.constexpr, CP_INTERLEAVE: gl.constexpr,
     OUT_UNIT: gl.constexpr, OUT_VECTOR: gl.constexpr, BY_TMA: gl.constexpr,
+    FP8: gl.constexpr = False, ONE_ROW: gl.constexpr = True, NARROWED: gl.constexpr = False,
 ):  # fmt: skip
     """The warpgroup of the odd tiles and of the right half of the output."""
     SHARDED: gl.constexpr = CP_WORLD_SIZE > 1
@@ -608,13 +633,29 @@ def consume_right(
                 GROUP_SIZE, HAS_LEFT, HAS_RIGHT, SHARDED,
             )  # fmt: skip
             num_rows = num_tokens * GROUP_SIZE
-            queries = load_queries(
-                q_v_ptr + D_HALF, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF,
-                Q_VECTOR,
-            )  # fmt: skip
-            rope = load_queries(
-                q_k_ptr, q_k, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_K, Q_VECTOR
-            )
+            score_scale = softmax_scale
+            if FP8:
+                score_scale, rope_scale = factors(
+                    score_scale, q_descale, k_descale, v_descale, seq, kv_head, ONE_ROW
+                )
+            if NARROWED:
+                _left, rope, queries, up, down = load_whole_queries(
+                    q_v_ptr, q_v, q_k_ptr, q_k, rope_scale, q_start, first_row, num_rows, kv_head,
+                    GROUP_SIZE, ROWS, D_HALF, D_K, Q_VECTOR, ONE_ROW,
+                )  # fmt: skip
+                queries = scaled(queries, up, dtype)
+                rope = scaled(rope, up, dtype)
+                score_scale = gl.expand_dims(gl.convert_layout(down, ROW), 1) * score_scale  # [ROWS, 1]
+            else:
+                queries = load_queries(
+                    q_v_ptr + D_HALF, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF,
+                    Q_VECTOR,
+                )  # fmt: skip
+                rope = load_queries(
+                    q_k_ptr, q_k, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_K, Q_VECTOR
+                )
+                if not ONE_ROW:  # once more rounded, but for a factor of 1 or another power of two
+                    rope = (rope.to(gl.float32) * rope_scale).to(dtype)
             q_v_smem.index(0).slice(D_HALF, D_HALF, dim=1).store(queries)
             q_k_smem.index(0).store(rope)
             fence_async_shared()
@@ -657,7 +698,7 @@ def consume_right(
                 flying = warpgroup_mma(p0_smem, v_tile0.slice(D_HALF, D_HALF, dim=1), acc, is_async=True)
                 scores = mask_scores(
                     scores, limits_smem, key_begin + (i * 2 + 1) * TILE, all_begin, all_end, first_key,
-                    key_end, softmax_scale, softcap, cp_rank, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                    key_end, score_scale, softcap, cp_rank, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
                     CP_WORLD_SIZE, CP_INTERLEAVE,
                 )  # fmt: skip
                 reference = next_reference(reference0, scores)
@@ -686,8 +727,11 @@ def consume_right(
                 seq, unit, first_seq, first_unit, part, kv_head, num_kv_heads, walk[5], gl.program_id(0),
                 ROWS, SCHEDULED,
             )  # fmt: skip
+            results_scale = None
+            if FP8:
+                results_scale = factor_of(v_descale, seq, kv_head)
             finish(
-                q_v_smem.index(0).slice(D_HALF, D_HALF, dim=1), acc, reference, row_sum,
+                q_v_smem.index(0).slice(D_HALF, D_HALF, dim=1), acc, reference, row_sum, results_scale,
                 other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head, first_line,
                 sinks, out, lse, partial, D_HALF, gl.multiple_of(pairs >> 30, 16), GROUP_SIZE,
                 D_HALF, False, OUT_UNIT, OUT_VECTOR, ACC,
@@ -810,16 +854,18 @@ def mla_wide_kernel(
             q_v_smem, q_k_smem, v_smem, k_smem, limits0_smem, reference0_smem, reference1_smem,
             sum0_smem, sum1_smem,
             full, empty, q_ready, p0_ready, p1_ready, done0, done1,
-            walk, lengths, latent_ptr, latent, sinks, out, lse, partial,
+            walk, lengths, latent_ptr, latent, q_ptr + K_AT, rope, None, None, None,
+            sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
-            D_HALF, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS, SHARES, LINES, DIMS,
+            D_HALF, D_K, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS, SHARES, LINES, DIMS,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, BY_TMA,
         )),
         (consume_right, (
             q_v_smem, q_k_smem, v_smem, k_smem, limits1_smem, reference0_smem, reference1_smem,
             sum1_smem, sum0_smem,
             full, empty, q_ready, p0_ready, p1_ready, done1, done0,
-            walk, lengths, latent_ptr, latent, q_ptr + K_AT, rope, sinks, out, lse, partial,
+            walk, lengths, latent_ptr, latent, q_ptr + K_AT, rope, None, None, None,
+            sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_HALF, D_K, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS, SHARES, LINES, DIMS,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, BY_TMA,
