@@ -33,7 +33,14 @@ from anystride.kernels.attention_sm90 import (
 )
 from anystride.kernels.combine_sm90 import combine_cut_units
 from anystride.kernels.decode import descale
-from anystride.kernels.fp8_sm90 import copy_scales, in_operand_order, load_operand, powers_of_two, scaled
+from anystride.kernels.fp8_sm90 import (
+    copy_scales,
+    factor_of,
+    in_operand_order,
+    load_operand,
+    powers_of_two,
+    scaled,
+)
 from anystride.kernels.loaders_sm90 import (
     PRODUCERS,
     TILE,
@@ -260,7 +267,7 @@ def consume(
             score_scale = softmax_scale
             if FP8:
                 score_scale *= descale(q_descale[0], q_descale[1], q_descale[2], seq, kv_head)
-                score_scale *= k_descale[3] * descale(k_descale[0], k_descale[1], k_descale[2], seq, kv_head)
+                score_scale *= factor_of(k_descale, seq, kv_head)
                 score_scale = gl.expand_dims(down, 0) * score_scale  # [1, TILE_M]
             acc = gl.zeros([V_SIZE, TILE_M], gl.float32, LAYOUT)
             row_max = gl.full([TILE_M], float("-inf"), gl.float32, ROW)
@@ -362,7 +369,7 @@ def consume(
             row_sum = gl.where(some, row_sum, 1.0)
             inverse = gl.where(some, 1.0 / row_sum, 0.0)
             if FP8:
-                inverse *= v_descale[3] * descale(v_descale[0], v_descale[1], v_descale[2], seq, kv_head)
+                inverse *= factor_of(v_descale, seq, kv_head)
             row_lse = gl.where(some, anchor + gl.log2(row_sum), float("-inf"))
             result = acc * gl.expand_dims(inverse, 0)
             token = (q_start + rows // GROUP_SIZE).to(gl.int64)

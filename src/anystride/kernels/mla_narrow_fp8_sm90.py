@@ -33,7 +33,14 @@ from anystride.kernels.attention_sm90 import (
 )
 from anystride.kernels.combine_sm90 import combine_cut_units
 from anystride.kernels.decode import descale
-from anystride.kernels.fp8_sm90 import copy_scales, in_operand_order, load_operand, powers_of_two, scaled
+from anystride.kernels.fp8_sm90 import (
+    copy_scales,
+    factor_of,
+    in_operand_order,
+    load_operand,
+    powers_of_two,
+    scaled,
+)
 from anystride.kernels.loaders_sm90 import (
     PRODUCERS,
     TILE,
@@ -278,8 +285,8 @@ def consume(
             num_rows = num_tokens * GROUP_SIZE
             score_scale = softmax_scale
             score_scale *= descale(q_descale[0], q_descale[1], q_descale[2], seq, kv_head)
-            k_factor = k_descale[3] * descale(k_descale[0], k_descale[1], k_descale[2], seq, kv_head)
-            v_factor = v_descale[3] * descale(v_descale[0], v_descale[1], v_descale[2], seq, kv_head)
+            k_factor = factor_of(k_descale, seq, kv_head)
+            v_factor = factor_of(v_descale, seq, kv_head)
             if ONE_ROW:
                 score_scale *= k_factor
             # Each warpgroup brings a half of the queries.
