@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from formula import checked
 from torch import Tensor
 
 import anystride
@@ -678,15 +677,6 @@ def test_a_back_end_that_was_asked_for_and_cannot_says_all_of_its_reasons() -> N
     assert lines[2] == f"  triton  {error.refusals['triton'][0]}"
     assert lines[-1] == "  do      backend=None would run this on 'cpu'"
     assert len(lines) == 3 + len(error.refusals["triton"])
-
-
-def test_hopper_says_of_each_scale_cache_that_it_was_given() -> None:
-    pytest.importorskip("triton")
-    hopper = pytest.importorskip("anystride.backends.hopper")
-    problem, _ = checked(fp8_call(k_scale_cache=torch.ones(6, 4, 2), v_scale_cache=torch.ones(6, 4, 2)))
-    reasons = hopper.shape_refusals(problem)
-    assert "k_scale_cache was given; needs None" in reasons
-    assert "v_scale_cache was given; needs None" in reasons
 
 
 def test_when_nobody_can_every_back_end_says_why() -> None:
