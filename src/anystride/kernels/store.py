@@ -54,7 +54,10 @@ def to_fp8(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def fp8_bytes(x, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
-    """float32 to the bytes of e4m3fn or e5m2. The instruction rounds and saturates as :func:`to_fp8` does."""
+    """float32 to the bytes of e4m3fn or e5m2.
+
+    The instruction rounds and saturates as :func:`to_fp8` does; of a NaN it may drop the sign.
+    """
     if NATIVE:
         fp8: tl.constexpr = tl.float8e4nv if FORMAT == "e4m3" else tl.float8e5
         code = x.to(fp8).to(tl.uint8, bitcast=True)
@@ -69,16 +72,19 @@ def divide(x, scale, FORMAT: tl.constexpr, BY_REMAINDER: tl.constexpr):
 
     BY_REMAINDER: a product with the inverse, and one correction by the exact remainder, where fused products
     are fused: a division of each element costs several times as much. Beyond fp8's range none is needed, and
-    there may be no remainder.
+    there may be no remainder. Dividing by a tiny scale, which has no inverse, makes both sides larger first.
 
     Source: P. Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990.
     """
     if BY_REMAINDER:
         MOST: tl.constexpr = 448.0 if FORMAT == "e4m3" else 57344.0
+        larger = tl.where(scale < 2.0**-64, 2.0**64, 1.0)
+        x = x * larger
+        scale = scale * larger
         inverse = tl.div_rn(1.0, scale)
         near = x * inverse
         quotient = tl.fma(tl.fma(-near, scale, x), inverse, near)
-        quotient = tl.where(tl.abs(near) < 2 * MOST, quotient, near)
+        quotient = tl.where((near != 0) & (tl.abs(near) < 2 * MOST), quotient, near)  # -0 stays -0
     else:
         quotient = tl.div_rn(x, tl.zeros_like(x) + scale)
     return quotient
