@@ -234,6 +234,11 @@ def overlaps(target: Target) -> bool:
     return target.backend == "cuda" and target.arch >= 90
 
 
+def converts_fp8(target: Target) -> bool:
+    """Whether there are instructions from and to e4m3 and e5m2, as PyTorch has them."""
+    return target.backend == "cuda" and target.arch >= 89
+
+
 def schedule_tile(problem: Problem) -> int:
     """Sequences that a program looks at together."""
     return 128 if problem.batch <= 128 else 1024
@@ -291,12 +296,12 @@ def sinks(call: Call) -> tuple[Any, ...]:
     return (pointer(call, "s_aux"), *strides(call.s_aux, 1))
 
 
-def descale(call: Call, name: str) -> tuple[Any, int, int]:
+def descale(call: Call, name: str) -> tuple[Any, ...]:
     """A descale that is a tensor, and its strides: of a sequence, of a head; 0 for a scalar."""
     given = getattr(call, name)
     if not isinstance(given, torch.Tensor):
         return None, 0, 0
-    return (Pointer(name), 0, 0) if given.numel() == 1 else (Pointer(name), *given.stride())  # type: ignore[return-value]
+    return (Pointer(name), 0, 0) if given.numel() == 1 else (Pointer(name), *given.stride())
 
 
 def descales(call: Call) -> tuple[Any, ...]:
@@ -304,14 +309,9 @@ def descales(call: Call) -> tuple[Any, ...]:
     return tuple(x for name in ("q_descale", "k_descale", "v_descale") for x in descale(call, name))
 
 
-def row_scales(
-    call: Call, name: str, strides: tuple[int, ...]
-) -> tuple[Pointer | None, int | None, int | None, int | None, int | None, int | None]:
+def row_scales(call: Call, name: str, strides: tuple[int, ...]) -> tuple[Any, ...]:
     """A scale cache and its strides; None, which is no parameter of a kernel, where there is none."""
-    if getattr(call, name) is None:
-        return None, None, None, None, None, None
-    page, block, token, head, group = strides
-    return Pointer(name), page, block, token, head, group
+    return (None,) * 6 if getattr(call, name) is None else (Pointer(name), *strides)
 
 
 def factor(descale: torch.Tensor | float | None) -> float:

@@ -73,7 +73,6 @@ LATENTS, ROPES = (64, 256, 512), (32, 64)
 WIDE_LATENTS, WIDE_ROPES = (256, 512), (64,)
 # GQA: d_qk and d_v
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
-MOST_SHARED = 227 << 10  # of a program
 SHARED_BYTES = 228 << 10  # of a processor, for its programs, each of which takes some for itself
 OWN_BYTES = 3 << 10  # of those: the system's, barriers, what reductions and conversions pass through
 RING_BYTES = 128 << 10  # tiles that the programs of a processor have on their way: more was never faster
@@ -126,14 +125,14 @@ def scale_groups(problem: Problem) -> tuple[int, ...]:
     return tuple(n for n in (1, 2, 4) if n == 1 or problem.d_v % (n * PIECE_COLUMNS) == 0)
 
 
-def ring_slots(problem: Problem, m: int) -> int:
+def ring_slots(problem: Problem, m: int, shared_bytes: int) -> int:
     """Pieces of fp8 tiles on their way to the narrow kernel: what room its 16-bit tiles and queries leave."""
     p, itemsize = problem, problem.dtype.itemsize
     rope = rope_dims(p) if p.k_dtype == p.dtype else 0
     taken = 2 * STEP * (p.d_v + rope + m) * itemsize  # tiles, weights
     taken += m * (p.d_v + rope_dims(p)) * itemsize  # queries
     taken += 16 * p.v_scale_groups * STEP + 5 * 1024  # scales; barriers, what layouts are converted through
-    return int(min(2 * (p.d_v // PIECE_COLUMNS + 2), (MOST_SHARED - taken) // (STEP * PIECE_COLUMNS)))
+    return int(min(2 * (p.d_v // PIECE_COLUMNS + 2), (shared_bytes - taken) // (STEP * PIECE_COLUMNS)))
 
 
 def rope_dims(problem: Problem) -> int:
@@ -374,7 +373,7 @@ def config_for(problem: Problem, target: Target, captured: bool = False) -> Conf
         if tiles.m <= NARROW_ROWS:
             constants["TILE_M"] = tiles.m
             if is_fp8(p):
-                constants["SLOTS"] = ring_slots(p, tiles.m)
+                constants["SLOTS"] = ring_slots(p, tiles.m, target.shared_bytes)
         elif not is_fp8(p):
             constants["BY_TMA"] = loads_by_tma(p, split.rows, programs(p, target))
     else:

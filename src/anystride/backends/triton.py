@@ -37,6 +37,7 @@ from anystride.work import (
     Split,
     around,
     context_lengths,
+    converts_fp8,
     cut_rows,
     descales,
     factor,
@@ -182,7 +183,6 @@ def config_for(problem: Problem, target: Target) -> Config:
     key_dims = problem.d_qk - (problem.d_v if v_in_k else 0)
     k_pieces = pieces(key_dims) if key_dims else (16, 0)
     v_pieces = pieces(problem.d_v)
-    native = target.backend == "cuda" and target.arch >= 89
     k_groups, v_groups = problem.k_scale_groups, problem.v_scale_groups
     v_starts = (problem.relation.offset, problem.d_v) if v_in_k else ()
     k_widths = (*k_pieces, *v_pieces) if v_in_k else k_pieces
@@ -213,7 +213,7 @@ def config_for(problem: Problem, target: Target) -> Config:
         ),
         "K_FORMAT": FP8_NAMES.get(problem.k_dtype, "none"),
         "V_FORMAT": FP8_NAMES.get(problem.v_dtype, "none"),
-        "FP8_NATIVE": native,
+        "FP8_NATIVE": converts_fp8(target),
         "HAS_LEFT": problem.window_left >= 0,
         "HAS_RIGHT": problem.window_right >= 0,
         "HAS_SOFTCAP": problem.softcap > 0,

@@ -10,7 +10,7 @@ from anystride.kernels.store import store_kernel
 from anystride.launch import Launch, Pointer, Prepared, device_refusals, device_target, run_prepared
 from anystride.problem import FP8_NAMES, bucket
 from anystride.store import Half, HalfFacts, StoreCall, StoreProblem
-from anystride.work import vector
+from anystride.work import converts_fp8, vector
 
 TILE_BYTES = 2048  # that a program writes: 16 a thread
 MOST_ROWS = 32
@@ -47,11 +47,10 @@ def choose_config(problem: StoreProblem) -> Prepared:
     halves = {"A": (p.first, constants(p.first)), "B": (p.second, constants(p.second))}
     tiles = max(-(-p.num_tokens * x.heads * x.groups // c["ROWS"]) for x, c in halves.values())
     arguments: list[Any] = [Pointer("slots"), p.slot_stride, p.num_tokens]
-    target = device_target(p.device)
     common = {
         "BLOCK_SIZE": p.block_size,
         "BLOCKS_PER_PAGE": p.blocks_per_page,
-        "FP8_NATIVE": target.backend == "cuda" and target.arch >= 89,
+        "FP8_NATIVE": converts_fp8(device_target(p.device)),
     }
     for name, (half, _constants) in halves.items():
         pointed = half.scale in ("one", "heads", "written")
