@@ -1,9 +1,9 @@
 """MLA on Hopper for 64 rows a tile over an fp8 cache: as ``mla_wide_sm90.py``, but the producer converts.
 
-Queries and two 16-bit tiles leave no room for tiles as they are stored. The producer loads pieces of these to
-its registers, 64 keys of 64 bytes, and writes them into the halves as 16-bit numbers; AHEAD pieces of the
-latent are on their way while it converts, or waits for a half to become free, those of the next tile among
-them. A piece is loaded as words of four numbers.
+Queries and two 16-bit tiles leave no room for tiles as they are stored. The producer loads quarters of these
+to its registers, 64 keys of 128 bytes, as words of four numbers, and writes them into the halves as 16-bit
+numbers; AHEAD quarters are on their way while it converts, or waits for a half to become free, those of the
+next tile among them. The consumers fence what it writes, as nothing of theirs is on its way.
 
 Products are made in float16, which holds every fp8 number, and queries in bfloat16 are brought into its range
 by powers of two; with scales for rows, or where the rope piece is not fp8, in the dtype of the queries.
@@ -12,7 +12,7 @@ by powers of two; with scales for rows, or where the rope piece is not fp8, in t
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from anystride.kernels.attention_sm90 import PLAIN, RUNTIME, UNALIGNED, answer_foreign, with_own_part
@@ -28,9 +28,9 @@ from anystride.kernels.loaders_sm90 import (
 from anystride.kernels.mla_wide_sm90 import LEFT0, LEFT1, RIGHT0, RIGHT1, ROWS, consume_left, consume_right
 from anystride.kernels.parts import is_before, next_unit, part_range, share_keys, unit_share
 
-AHEAD = gl.constexpr(4)  # pieces: divides those of a tile, or registers on their way would be moved about
-AT_ONCE = gl.constexpr(2)  # pieces that are asked for together, behind what has been stored: divides AHEAD
-WORDS = gl.constexpr(COLUMNS.value // 4)  # of a piece: four lanes have a row: no stores meet in a bank
+QUARTERS = gl.constexpr(4)  # of a tile's latent part: a consumer waits for each
+AHEAD = gl.constexpr(2)  # quarters on their way: divides QUARTERS, or registers would be moved about
+WORDS = gl.constexpr(COLUMNS.value // 2)  # of two numbers, in a row of a box
 LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # words of 64 keys
 ROW = gl.constexpr(gl.SliceLayout(1, LAYOUT.value))
 BOXES = gl.constexpr(gl.NVMMASharedLayout(128, 32, rank=2))
@@ -39,16 +39,16 @@ BOXES = gl.constexpr(gl.NVMMASharedLayout(128, 32, rank=2))
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # Triton 3.7 gave it its name
 
     @gluon.jit
-    def boxes_of(smem, COUNT: gl.constexpr):
-        """The boxes that make up tiles, as words of two numbers, ``[COUNT, TILE, COLUMNS // 2]``."""
-        return smem.reinterpret(gl.int32, [COUNT, TILE, COLUMNS // 2], BOXES)
+    def boxes_of(smem, COUNT: gl.constexpr, EACH: gl.constexpr):
+        """The boxes that make up tiles, EACH together, in words: ``[COUNT, EACH * TILE, WORDS]``."""
+        return smem.reinterpret(gl.int32, [COUNT, EACH * TILE, WORDS], BOXES)
 
 else:
 
     @gluon.jit
-    def boxes_of(smem, COUNT: gl.constexpr):
-        """The boxes that make up tiles, as words of two numbers, ``[COUNT, TILE, COLUMNS // 2]``."""
-        return smem._reinterpret(gl.int32, [COUNT, TILE, COLUMNS // 2], BOXES)
+    def boxes_of(smem, COUNT: gl.constexpr, EACH: gl.constexpr):
+        """The boxes that make up tiles, EACH together, in words: ``[COUNT, EACH * TILE, WORDS]``."""
+        return smem._reinterpret(gl.int32, [COUNT, EACH * TILE, WORDS], BOXES)
 
 
 @gluon.constexpr_function
@@ -93,16 +93,16 @@ def load_words(starts, mask, AT: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def load_piece(
+def load_quarter(
     starts, scale_starts, mask, scales,
     I: gl.constexpr, T: gl.constexpr, D_V: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """The I-th piece of tile T of a pair, and its rows' scales if they have any.
+    """The I-th quarter of tile T of a pair, and its rows' scales if they have any.
 
     Tile 0 comes from left to right, of tile 1 the right half first.
     """
-    COLUMN: gl.constexpr = (I * COLUMNS + T * (D_V // 2)) % D_V
-    words = load_words(starts, mask, COLUMN // 4, WORDS)
+    COLUMN: gl.constexpr = (I * (D_V // QUARTERS) + T * (D_V // 2)) % D_V
+    words = load_words(starts, mask, COLUMN // 4, D_V // QUARTERS // 4)
     if GROUPS == 0:
         return (words,)
     else:
@@ -113,8 +113,8 @@ def load_piece(
 
 
 @gluon.jit
-def store_words(box, words, scale, SCALED: gl.constexpr, source: gl.constexpr, target: gl.constexpr):
-    """A piece, times its rows' scales if SCALED, in 16 bits, into the box that is its place."""
+def store_words(boxes, words, scale, SCALED: gl.constexpr, source: gl.constexpr, target: gl.constexpr):
+    """Columns of a tile, times their rows' scales if SCALED, in 16 bits, into their boxes."""
     ASM: gl.constexpr = conversion(source, target, SCALED)
     if SCALED:
         low, high = gl.inline_asm_elementwise(
@@ -125,7 +125,10 @@ def store_words(box, words, scale, SCALED: gl.constexpr, source: gl.constexpr, t
         low, high = gl.inline_asm_elementwise(
             ASM, "=r,=r,r", [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
         )
-    box.store(gl.join(low, high).reshape([TILE, 2 * WORDS]))
+    # In one store: the compiler would have a barrier between two into one allocation.
+    EACH: gl.constexpr = boxes.shape[0] // TILE
+    rows = gl.join(low, high).reshape([TILE, EACH, WORDS]).permute((1, 0, 2))
+    boxes.store(rows.reshape([EACH * TILE, WORDS]))
 
 
 @gluon.jit
@@ -173,84 +176,73 @@ def fill_tile(
 ):  # fmt: skip
     """Fill tile T of a pair, and start to load the next one.
 
-    ``queue`` holds the first AHEAD pieces of this tile. The ids of the next one's blocks are there; those of
-    the one behind it are asked for.
+    ``queue`` holds the first AHEAD quarters of this tile. The ids of the next one's blocks are there; those
+    of the one behind it are asked for.
 
     Returns:
         What the next tile takes.
     """
-    PIECES: gl.constexpr = D_V // COLUMNS
-    QUARTER: gl.constexpr = PIECES // 4
     FIRST: gl.constexpr = LEFT0 if T == 0 else RIGHT1
     SECOND: gl.constexpr = RIGHT0 if T == 0 else LEFT1
     fp8: gl.constexpr = v_ptr.dtype.element_ty
     K_BYTES: gl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
     MIXED: gl.constexpr = K_BYTES > 1
     phase = (pairs & 1) ^ 1
-    for i in gl.static_range(PIECES):
+    for i in gl.static_range(QUARTERS):
         if i == 0:
             mbarrier.wait(empty[FIRST], phase)
-        if i == PIECES // 2:
+        if i == 2:
             mbarrier.wait(empty[SECOND], phase)
-        box = v_boxes.index(T * PIECES + (i + T * (PIECES // 2)) % PIECES)
+        boxes = v_boxes.index(T * QUARTERS + (i + 2 * T) % QUARTERS)
         if GROUPS > 0:
-            store_words(box, queue[0], queue[1], True, fp8, dtype)
+            store_words(boxes, queue[0], queue[1], True, fp8, dtype)
             queue = queue[2:]
         else:
-            store_words(box, queue[0], queue[0], False, fp8, dtype)
+            store_words(boxes, queue[0], queue[0], False, fp8, dtype)
             queue = queue[1:]
-        if i == QUARTER - 1:
-            arrive_full(full[2 * FIRST])
+        if i == 0:
+            mbarrier.arrive(full[2 * FIRST], count=PRODUCERS)
             if V_AT >= 0:
-                rope = load_words(starts, mask, (K_AT - V_AT) // 4, WORDS)
+                rope = load_words(starts, mask, (K_AT - V_AT) // 4, COLUMNS // 4)
             else:
                 rows = row_offsets(block, positions, k_start, k, K_VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
                 k_starts = (k_ptr + rows).to(gl.pointer_type(gl.int32), bitcast=True)
-                rope = load_words(k_starts, mask, 0, WORDS * K_BYTES)
-        if i == 2 * QUARTER - 1:
-            arrive_full(full[2 * FIRST + 1])
-        if i == 3 * QUARTER - 1:
-            arrive_full(full[2 * SECOND])
-        if (i + 1) % AT_ONCE == 0:
-            if i + 1 + AHEAD - AT_ONCE == PIECES:
-                # What is loaded from here on is of the next tile.
-                positions += TILE
-                block = next_block
-                mask = next_mask
-                starts, scale_starts = find_starts(
-                    positions, block, k_start, v_ptr, v, scales, kv_head,
-                    VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, GROUPS,
-                )  # fmt: skip
-                next_block, next_mask = find_blocks(
-                    positions + TILE, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE, HAS_LEFT
-                )
-                # Too little fits into registers to hide all of memory's latency.
-                ahead, _scales = find_starts(
-                    positions + TILE, next_block, k_start, v_ptr, v, scales, kv_head,
-                    VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, 0,
-                )  # fmt: skip
-                ROPE: gl.constexpr = D_K if V_AT >= 0 else 0
-                prefetch(ahead, next_mask, -ROPE // 4 if V_AT > 0 else 0, D_V + ROPE)
-            for j in gl.static_range(i + 1 - AT_ONCE, i + 1):
-                if j + AHEAD < PIECES:
-                    queue = queue + load_piece(starts, scale_starts, mask, scales, j + AHEAD, T, D_V, GROUPS)
-                else:
-                    queue = queue + load_piece(
-                        starts, scale_starts, mask, scales, j + AHEAD - PIECES, 1 - T, D_V, GROUPS
-                    )
+                rope = load_words(k_starts, mask, 0, COLUMNS // 4 * K_BYTES)
+        if i == 1:
+            mbarrier.arrive(full[2 * FIRST + 1], count=PRODUCERS)
+        if i == 2:
+            mbarrier.arrive(full[2 * SECOND], count=PRODUCERS)
+        if i + AHEAD == QUARTERS:
+            # What is loaded from here on is of the next tile.
+            positions += TILE
+            block = next_block
+            mask = next_mask
+            starts, scale_starts = find_starts(
+                positions, block, k_start, v_ptr, v, scales, kv_head,
+                VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, GROUPS,
+            )  # fmt: skip
+        if i + AHEAD < QUARTERS:
+            queue = queue + load_quarter(starts, scale_starts, mask, scales, i + AHEAD, T, D_V, GROUPS)
+        else:
+            queue = queue + load_quarter(
+                starts, scale_starts, mask, scales, i + AHEAD - QUARTERS, 1 - T, D_V, GROUPS
+            )
     if MIXED:
         k_boxes.index(T).store(rope)
     else:
         store_words(k_boxes.index(T), rope, rope, False, fp8, dtype)
-    arrive_full(full[2 * SECOND + 1])
+    mbarrier.arrive(full[2 * SECOND + 1], count=PRODUCERS)
+    # Too little fits into registers to hide all of memory's latency.
+    next_block, next_mask = find_blocks(
+        positions + TILE, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE, HAS_LEFT
+    )
+    ahead, _scales = find_starts(
+        positions + TILE, next_block, k_start, v_ptr, v, scales, kv_head,
+        VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, 0,
+    )  # fmt: skip
+    ROPE: gl.constexpr = D_K if V_AT >= 0 else 0
+    prefetch(ahead, next_mask, -ROPE // 4 if V_AT > 0 else 0, D_V + ROPE)
     return queue, positions, block, mask, starts, scale_starts, next_block, next_mask
-
-
-@gluon.jit
-def arrive_full(bar):
-    """Say that all threads have written: the fence lets wgmma see it, so that the consumers need none."""
-    fence_async_shared()
-    mbarrier.arrive(bar, count=PRODUCERS)
 
 
 @gluon.jit
@@ -263,8 +255,8 @@ def fill_pairs(
 ):  # fmt: skip
     """Fill the halves with a share's pairs of tiles; returns the pairs so far."""
     dtype: gl.constexpr = v_smem.dtype
-    v_boxes = boxes_of(v_smem, 2 * D_V // COLUMNS)
-    k_boxes = boxes_of(k_smem, 2)
+    v_boxes = boxes_of(v_smem, 2 * QUARTERS, D_V // QUARTERS // COLUMNS)
+    k_boxes = boxes_of(k_smem, 2, 1)
     positions = key_begin + gl.arange(0, TILE, ROW)
     block, mask = find_blocks(
         positions, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE, HAS_LEFT
@@ -276,9 +268,9 @@ def fill_pairs(
         positions, block, k_start, v_ptr, v, scales, kv_head,
         VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, GROUPS,
     )  # fmt: skip
-    queue = load_piece(starts, scale_starts, mask, scales, 0, 0, D_V, GROUPS)
+    queue = load_quarter(starts, scale_starts, mask, scales, 0, 0, D_V, GROUPS)
     for i in gl.static_range(1, AHEAD):
-        queue = queue + load_piece(starts, scale_starts, mask, scales, i, 0, D_V, GROUPS)
+        queue = queue + load_quarter(starts, scale_starts, mask, scales, i, 0, D_V, GROUPS)
     for _key in range(key_begin, tl.maximum(key_end, key_begin + 1), 2 * TILE):
         queue, positions, block, mask, starts, scale_starts, next_block, next_mask = fill_tile(
             pairs, queue, positions, block, mask, starts, scale_starts, next_block, next_mask,
@@ -460,7 +452,7 @@ def mla_wide_fp8_kernel(
             sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_HALF, D_K, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS, SHARES, LINES, DIMS,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, True,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, False,
             True, V_AT >= 0, NARROWED,
         )),
         (consume_right, (
@@ -471,7 +463,7 @@ def mla_wide_fp8_kernel(
             sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_HALF, D_K, Q_VECTOR, GROUP_SIZE, SCHEDULED, FIXED_SPLITS, SHARES, LINES, DIMS,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, True,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, CP_WORLD_SIZE, CP_INTERLEAVE, OUT_UNIT, OUT_VECTOR, False,
             True, V_AT >= 0, NARROWED,
         )),
     ], [4, 4], [CONSUMER_REGISTERS + APART, CONSUMER_REGISTERS - APART])  # fmt: skip

@@ -356,7 +356,7 @@ def rescale(acc, row_sum, old, new, ACC_ROW: gl.constexpr):
 
 @gluon.jit
 def wait_full(bar, phase, BY_TMA: gl.constexpr):
-    """Wait for a half of a tile; wgmma sees what TMA wrote, and what cp.async wrote behind a fence."""
+    """Wait for a half of a tile; wgmma sees what TMA wrote, and what threads wrote behind a fence."""
     mbarrier.wait(bar, phase)
     if not BY_TMA:
         fence_async_shared()
