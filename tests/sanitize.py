@@ -23,7 +23,7 @@ from device import by_tma
 from anystride import UnsupportedError, get_scheduler_metadata
 from anystride.testing import Inputs, find_case, find_layout, make_inputs
 
-# Case, layout, strides of q and out, strides of the table.
+# Case, layout, strides of q and out, strides of the table, and query tokens where they are to be more than 4.
 CALLS = (
     ("tiny-gqa", "G2", "packed", "packed"),
     ("tiny-gqa", "G4", "fused_qkv", "columns_of_wider"),
@@ -45,6 +45,9 @@ CALLS = (
     ("scales-e4m3", "G12", "packed", "packed"),
     ("tiny-row-scales", "A-padded-rows", "packed", "packed"),
     ("scales-q_v-groups", "M9", "packed", "packed"),
+    ("fp8-row", "M14", "packed", "packed", 8),  # 64 rows: the kernels for many
+    ("fp8-q_v", "M9", "packed", "packed", 8),
+    ("scales-q_v-groups", "M9", "packed", "packed", 8),
     ("tiny-q_v", "M8", "heads_first", "packed"),
     ("tiny-q_v-all-features", "M10", "packed", "packed"),
     ("tiny-dense", "G16", "packed", "packed"),
@@ -97,9 +100,9 @@ def main() -> int:
         return 2
     backends = sys.argv[1:] or ["triton", "hopper"]
     made = dict.fromkeys(backends, 0)
-    for name, layout, rows, table in CALLS:
+    for name, layout, rows, table, *tokens in CALLS:
         case = replace(find_case(name), seqused_k=(0, 70, 200))
-        case = replace(case, q_lens=(min(4, max(case.q_lens)),) * 3)
+        case = replace(case, q_lens=(*tokens, min(4, max(case.q_lens)))[:1] * 3)
         inputs = make_inputs(case, find_layout(layout), "cuda", rows=rows, table=table, out=rows)
         kwargs = inputs.kwargs
         metadata = None
