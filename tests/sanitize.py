@@ -101,8 +101,9 @@ def main() -> int:
     backends = sys.argv[1:] or ["triton", "hopper"]
     made = dict.fromkeys(backends, 0)
     for name, layout, rows, table, *tokens in CALLS:
-        case = replace(find_case(name), seqused_k=(0, 70, 200))
-        case = replace(case, q_lens=(*tokens, min(4, max(case.q_lens)))[:1] * 3)
+        case = find_case(name)
+        q_len = tokens[0] if tokens else min(4, max(case.q_lens))
+        case = replace(case, seqused_k=(0, 70, 200), q_lens=(q_len,) * 3)
         inputs = make_inputs(case, find_layout(layout), "cuda", rows=rows, table=table, out=rows)
         kwargs = inputs.kwargs
         metadata = None

@@ -18,6 +18,7 @@ from anystride.kernels.ranges import KEYS_PER_STEP
 # Triton 3.8 gave it a new name, and 3.9 refuses the old one.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # 3.7 took off its underscore
 
 TILE = gl.constexpr(KEYS_PER_STEP.value)  # keys
 COLUMNS = gl.constexpr(64)  # elements of a row that are copied at a time: a swizzled line of 128 bytes
@@ -33,19 +34,19 @@ def barrier(count: gl.constexpr):
     return bar
 
 
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # Triton 3.7 gave it its name
+@gluon.jit
+def reinterpret(smem, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same shared memory as another tensor."""
+    if NAMED:
+        return smem.reinterpret(DTYPE, SHAPE, LAYOUT)
+    else:
+        return smem._reinterpret(DTYPE, SHAPE, LAYOUT)
 
-    @gluon.jit
-    def boxes_of(smem, COUNT: gl.constexpr):
-        """The boxes ``[1, 1, 1, TILE, COLUMNS]`` that make up tiles, from left to right."""
-        return smem.reinterpret(smem.dtype, [COUNT, 1, 1, 1, TILE, COLUMNS], BOX_LAYOUT)
 
-else:
-
-    @gluon.jit
-    def boxes_of(smem, COUNT: gl.constexpr):
-        """The boxes ``[1, 1, 1, TILE, COLUMNS]`` that make up tiles, from left to right."""
-        return smem._reinterpret(smem.dtype, [COUNT, 1, 1, 1, TILE, COLUMNS], BOX_LAYOUT)
+@gluon.jit
+def boxes_of(smem, COUNT: gl.constexpr):
+    """The boxes ``[1, 1, 1, TILE, COLUMNS]`` that make up tiles, from left to right."""
+    return reinterpret(smem, smem.dtype, [COUNT, 1, 1, 1, TILE, COLUMNS], BOX_LAYOUT)
 
 
 @gluon.constexpr_function

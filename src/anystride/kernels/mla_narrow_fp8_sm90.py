@@ -48,27 +48,13 @@ from anystride.kernels.loaders_sm90 import (
     copy_rows,
     find_blocks,
     find_sequence,
+    reinterpret,
     row_offsets,
 )
 from anystride.kernels.mla_narrow_sm90 import PLAIN_2D, finish, weigh
 from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
 
 COLUMNS = gl.constexpr(128)  # of a piece: a swizzled line of 128 bytes
-
-
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # Triton 3.7 gave it its name
-
-    @gluon.jit
-    def halves_of(smem, COUNT: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
-        """The memory of tiles as ``[COUNT, D, ROWS]`` float32."""
-        return smem.reinterpret(gl.float32, [COUNT, D, ROWS], PLAIN_2D)
-
-else:
-
-    @gluon.jit
-    def halves_of(smem, COUNT: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
-        """The memory of tiles as ``[COUNT, D, ROWS]`` float32."""
-        return smem._reinterpret(gl.float32, [COUNT, D, ROWS], PLAIN_2D)
 
 
 @gluon.jit
@@ -497,7 +483,7 @@ def mla_narrow_fp8_kernel(
     stats0 = gl.allocate_shared_memory(gl.float32, [2, TILE_M], PLAIN)
     stats1 = gl.allocate_shared_memory(gl.float32, [2, TILE_M], PLAIN)
     # Each warpgroup's tile is its own, and free when a unit ends: the halves are exchanged there.
-    halves = halves_of(v_smem, TILE * D_V // (D_V0 * TILE_M), D_V0, TILE_M)
+    halves = reinterpret(v_smem, gl.float32, [TILE * D_V // (D_V0 * TILE_M), D_V0, TILE_M], PLAIN_2D)
     half1 = halves.index(0)
     half0 = halves.index(TILE * D_V // (2 * D_V0 * TILE_M))
     scales_smem = stats0

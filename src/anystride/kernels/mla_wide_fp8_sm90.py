@@ -23,6 +23,7 @@ from anystride.kernels.loaders_sm90 import (
     barrier,
     find_blocks,
     find_sequence,
+    reinterpret,
     row_offsets,
 )
 from anystride.kernels.mla_wide_sm90 import LEFT0, LEFT1, RIGHT0, RIGHT1, ROWS, consume_left, consume_right
@@ -34,21 +35,6 @@ WORDS = gl.constexpr(COLUMNS.value // 2)  # of two numbers, in a row of a box
 LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # words of 64 keys
 ROW = gl.constexpr(gl.SliceLayout(1, LAYOUT.value))
 BOXES = gl.constexpr(gl.NVMMASharedLayout(128, 32, rank=2))
-
-
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # Triton 3.7 gave it its name
-
-    @gluon.jit
-    def boxes_of(smem, COUNT: gl.constexpr, EACH: gl.constexpr):
-        """The boxes that make up tiles, EACH together, in words: ``[COUNT, EACH * TILE, WORDS]``."""
-        return smem.reinterpret(gl.int32, [COUNT, EACH * TILE, WORDS], BOXES)
-
-else:
-
-    @gluon.jit
-    def boxes_of(smem, COUNT: gl.constexpr, EACH: gl.constexpr):
-        """The boxes that make up tiles, EACH together, in words: ``[COUNT, EACH * TILE, WORDS]``."""
-        return smem._reinterpret(gl.int32, [COUNT, EACH * TILE, WORDS], BOXES)
 
 
 @gluon.constexpr_function
@@ -101,12 +87,13 @@ def load_quarter(
 
     Tile 0 comes from left to right, of tile 1 the right half first.
     """
-    COLUMN: gl.constexpr = (I * (D_V // QUARTERS) + T * (D_V // 2)) % D_V
-    words = load_words(starts, mask, COLUMN // 4, D_V // QUARTERS // 4)
+    QUARTER: gl.constexpr = (I + 2 * T) % QUARTERS
+    COUNT: gl.constexpr = D_V // QUARTERS // 4
+    words = load_words(starts, mask, QUARTER * COUNT, COUNT)
     if GROUPS == 0:
         return (words,)
     else:
-        GROUP: gl.constexpr = COLUMN * GROUPS // D_V
+        GROUP: gl.constexpr = QUARTER * GROUPS // QUARTERS
         if GROUP > 0:
             scale_starts += gl.to_tensor(GROUP).to(gl.int64) * scales[5]
         return words, gl.load(scale_starts, mask=mask, other=0.0)
@@ -200,18 +187,15 @@ def fill_tile(
         else:
             store_words(boxes, queue[0], queue[0], False, fp8, dtype)
             queue = queue[1:]
+        if i < QUARTERS - 1:  # the last one has the rope piece with it
+            mbarrier.arrive(full[2 * (FIRST if i < 2 else SECOND) + i % 2], count=PRODUCERS)
         if i == 0:
-            mbarrier.arrive(full[2 * FIRST], count=PRODUCERS)
             if V_AT >= 0:
                 rope = load_words(starts, mask, (K_AT - V_AT) // 4, COLUMNS // 4)
             else:
                 rows = row_offsets(block, positions, k_start, k, K_VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
                 k_starts = (k_ptr + rows).to(gl.pointer_type(gl.int32), bitcast=True)
                 rope = load_words(k_starts, mask, 0, COLUMNS // 4 * K_BYTES)
-        if i == 1:
-            mbarrier.arrive(full[2 * FIRST + 1], count=PRODUCERS)
-        if i == 2:
-            mbarrier.arrive(full[2 * SECOND], count=PRODUCERS)
         if i + AHEAD == QUARTERS:
             # What is loaded from here on is of the next tile.
             positions += TILE
@@ -255,8 +239,9 @@ def fill_pairs(
 ):  # fmt: skip
     """Fill the halves with a share's pairs of tiles; returns the pairs so far."""
     dtype: gl.constexpr = v_smem.dtype
-    v_boxes = boxes_of(v_smem, 2 * QUARTERS, D_V // QUARTERS // COLUMNS)
-    k_boxes = boxes_of(k_smem, 2, 1)
+    # The boxes that make up tiles, those of a quarter together.
+    v_boxes = reinterpret(v_smem, gl.int32, [2 * QUARTERS, D_V // QUARTERS // COLUMNS * TILE, WORDS], BOXES)
+    k_boxes = reinterpret(k_smem, gl.int32, [2, TILE, WORDS], BOXES)
     positions = key_begin + gl.arange(0, TILE, ROW)
     block, mask = find_blocks(
         positions, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE, HAS_LEFT
