@@ -34,13 +34,21 @@ ROOMS = (
     ("anystride.ops", "anystride.explanation"),
     ("anystride.api", "anystride.cache"),
     ("anystride",),
-    ("anystride.testing", "anystride.collect_env"),
+    ("anystride.peers", "anystride.collect_env"),
+    ("anystride.testing",),
+    ("anystride.bench",),
     ("anystride.cli",),
 )
 
 # Packages besides torch and the standard library, and where they may be imported.
 OTHERS = {
-    "triton": ("anystride.kernels.", "anystride.launch", "anystride.backends.triton"),
+    "triton": (
+        "anystride.kernels.",
+        "anystride.launch",
+        "anystride.backends.triton",
+        "anystride.peers",
+        "anystride.bench",
+    ),
     "rich": ("anystride.cli",),
     "typer": ("anystride.cli",),
     "matplotlib": ("anystride.cli",),
@@ -52,7 +60,9 @@ READS_VALUES = (
     "anystride.backends.cpu",
     "anystride.packing",
     "anystride.explanation",
+    "anystride.peers",
     "anystride.testing",
+    "anystride.bench",
     "anystride.cli",
 )
 # Methods and functions that a module may not call, the modules that may, and why the others may not.
@@ -62,7 +72,10 @@ BANNED = {
     "clone": (("anystride.testing",), "clone() gives a strided view other strides"),
     "empty_like": (("anystride.testing",), "empty_like() gives a strided view other strides"),
     "make_block_ptr": ((), "block pointers count offsets in 32 bits"),
-    "synchronize": (("anystride.explanation", "anystride.cli"), "a call never waits for the device"),
+    "synchronize": (
+        ("anystride.explanation", "anystride.testing", "anystride.bench", "anystride.cli"),
+        "a call never waits for the device",
+    ),
     "item": (READS_VALUES, "a call never reads a value on the host"),
     "tolist": (READS_VALUES, "a call never reads a value on the host"),
     "cpu": (READS_VALUES, "a call never reads a value on the host"),
