@@ -97,6 +97,7 @@ def standing_in(target: str) -> Iterator[list[tuple[str, Any]]]:
             mock.patch.object(launch, "device_target", return_value=facts),
             mock.patch.object(portable, "device_target", return_value=facts),
             mock.patch.object(hopper, "device_target", return_value=facts),
+            mock.patch.object(triton_store, "device_target", return_value=facts),
             mock.patch.object(portable, "refusals", return_value=[]),
             mock.patch.object(hopper, "refusals", refuse),
             mock.patch.object(triton_store, "refusals", return_value=[]),
