@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from checks import assert_right, attend
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import layouts_of
@@ -19,6 +18,7 @@ from twins import layouts_of
 from anystride import get_scheduler_metadata, plan
 from anystride.backends import hopper
 from anystride.testing import Case, Inputs, find_case, find_layout, make_inputs
+from anystride.testing.judgement import assert_right, attend
 
 __all__ = [
     "DEVICE", "FAULTS", "STEP", "Engine", "OperatorArguments", "Result", "assert_alone_is_the_same",

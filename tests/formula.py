@@ -1,4 +1,4 @@
-"""The contract's formula written a second time, one query token after the other, and a way to call the law.
+"""The contract's formula written a second time, one query token after the other.
 
 ``anystride.reference`` gathers a sequence and works on all of its scores at once. ``second_formula``
 shares no code with it: it walks the tables in Python, and takes positions from counting instead of
@@ -7,38 +7,15 @@ from arithmetic. In float64 it checks the law; in the storage dtype it is the pl
 
 from __future__ import annotations
 
-import inspect
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anystride import flash_attn_varlen_func
-from anystride.problem import Call, Numbers, Problem, bucket, make_problem
-from anystride.reference import attention
+from anystride.testing.law import dequantised
 
-__all__ = ["checked", "dequantised", "law", "second_formula"]
-
-
-def checked(arguments: dict[str, Any]) -> tuple[Problem, Call]:
-    """The facts and the tensors of a call of ``flash_attn_varlen_func`` with these arguments."""
-    bound = inspect.signature(flash_attn_varlen_func).bind(**arguments)
-    bound.apply_defaults()
-    given = bound.arguments
-    call = Call(*(given.get(name) for name in Call._fields))  # type: ignore[arg-type]
-    facts = {name: given[name] for name in Numbers._fields if name in given}
-    facts |= {
-        "max_keys": bucket(given["max_seqlen_k"]),
-        "window": tuple(given["window_size"] or (-1, -1)),
-        "wants_lse": True,
-    }
-    return make_problem(call, Numbers(**facts)), call
-
-
-def law(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What ``anystride.reference`` says, in float64; NaN in rows of no sequence."""
-    return attention(*checked(arguments))
+__all__ = ["second_formula"]
 
 
 def second_formula(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -116,17 +93,6 @@ def _rows_of(a: dict[str, Any], name: str, seq: int, dtype: torch.dtype) -> Tens
             places.append((*page, inside))
     rows = [dequantised(cache[where], None if scales is None else scales[where], dtype) for where in places]
     return torch.stack(rows) if rows else cache.new_empty(0, *cache.shape[-2:], dtype=dtype)
-
-
-def dequantised(rows: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rows ``[..., heads, d]`` of a cache with scales ``[..., n]``, in ``dtype``, rounded once."""
-    if scales is None:
-        return rows.to(dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    groups = scales.shape[-1] if rows.shape[-2] == 1 else 1
-    runs = rows.to(wide).reshape(*rows.shape[:-1], groups, rows.shape[-1] // groups)
-    products = runs * scales.to(wide).reshape(*rows.shape[:-1], groups, 1)
-    return products.reshape(rows.shape).to(dtype)
 
 
 def _positions_of(a: dict[str, Any], seq: int, length: int) -> tuple[list[int], int]:

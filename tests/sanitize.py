@@ -17,11 +17,11 @@ import sys
 from dataclasses import replace
 
 import torch
-from checks import assert_right, attend
 from device import by_tma
 
 from anystride import UnsupportedError, get_scheduler_metadata
 from anystride.testing import Inputs, find_case, find_layout, make_inputs
+from anystride.testing.judgement import assert_right, attend
 
 # Case, layout, strides of q and out, strides of the table, and query tokens where they are to be more than 4.
 CALLS = (

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_close_as_plain, assert_right, attend, plain, reference
 from torch import Tensor
 
 import anystride
 from anystride import flash_attn_varlen_func, get_scheduler_metadata
 from anystride.testing import Case, Inputs, find_case, find_layout, make_inputs
+from anystride.testing.judgement import assert_close_as_plain, assert_right, attend, plain, reference
 from anystride.testing.rows import GARBAGE, ROW_RECIPES, TABLE_RECIPES
 
 BACKENDS = ("cpu", "reference")

@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from checks import assert_right, attend
 
 from anystride.testing import (
     CASES,
@@ -22,6 +21,7 @@ from anystride.testing import (
     select,
 )
 from anystride.testing.cases import TAGS, varied_lengths
+from anystride.testing.judgement import assert_right, attend
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 RUNNABLE = select("full")

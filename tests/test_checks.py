@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checks import assert_close_as_plain, assert_right, attend, plain, reference
 from torch import Tensor
 
 from anystride.testing import Inputs, find_case, find_layout, make_inputs
+from anystride.testing.judgement import assert_close_as_plain, assert_right, attend, plain, reference
 
 STEP = torch.finfo(torch.bfloat16).eps
 LAYOUTS = {"kv": "G2", "row": "M1", "q_v": "M7"}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from checks import assert_right, attend
 
 from anystride.testing import LAYOUTS, Case, Inputs, Layout, compatible, make_inputs, select
+from anystride.testing.judgement import assert_right, attend
 from anystride.testing.rows import ROW_RECIPES, TABLE_RECIPES
 
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_close_as_plain, assert_right, attend, plain, reference
-from formula import checked
 from torch import Tensor
 from twins import layouts_of
 
@@ -26,6 +24,8 @@ from anystride.merge import merge
 from anystride.testing import Case, Inputs, find_case, find_layout, make_inputs, select
 from anystride.testing.allocations import peak_bytes
 from anystride.testing.cases import Parallel
+from anystride.testing.judgement import assert_close_as_plain, assert_right, attend, plain, reference
+from anystride.testing.law import checked
 from anystride.testing.rows import ROW_RECIPES
 
 MOST_EXTRA = 64_000_000  # bytes beyond the results that a call may allocate, whatever its cache

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_right, attend
 from compilations import compilations
 from device import (
     DEVICE,
@@ -35,6 +34,7 @@ from twins import layouts_of, packed_twin
 
 from anystride import UnsupportedError, explain, flash_attn_varlen_func, memory, warmup
 from anystride.testing import LAYOUTS, Case, compatible, find_case, find_layout, make_inputs, select
+from anystride.testing.judgement import assert_right, attend
 from anystride.testing.rows import ROW_RECIPES, TABLE_RECIPES
 
 pytestmark = pytest.mark.gpu

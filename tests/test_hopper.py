@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_right, attend
 from twins import layouts_of, packed_twin
 
 from anystride import UnsupportedError, explain, flash_attn_varlen_func, launch, memory, plan, warmup, work
 from anystride.problem import FP8_DTYPES, Problem, bucket
 from anystride.testing import CASES, Case, Inputs, Layout, find_case, find_layout, make_inputs
 from anystride.testing.cases import GROUPS
+from anystride.testing.judgement import assert_right, attend
 from anystride.testing.rows import ROW_RECIPES, TABLE_RECIPES
 
 triton = pytest.importorskip("triton")

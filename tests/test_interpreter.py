@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_close_as_plain, assert_right, attend, plain, reference
 from interpreted import assert_passes_interpreted, only_compiled, only_interpreted
 from torch import Tensor
 from twins import layouts_of, packed_twin
@@ -20,6 +19,7 @@ from twins import layouts_of, packed_twin
 from anystride import get_scheduler_metadata
 from anystride.merge import merge
 from anystride.testing import LAYOUTS, Case, Inputs, find_case, find_layout, make_inputs, select
+from anystride.testing.judgement import assert_close_as_plain, assert_right, attend, plain, reference
 from anystride.testing.rows import ROW_RECIPES, TABLE_RECIPES
 
 

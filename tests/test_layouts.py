@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from checks import assert_right, attend
 from torch import Tensor
 
 from anystride.problem import Relation, find_relation
@@ -28,6 +27,7 @@ from anystride.testing import (
     make_inputs,
     occupancy,
 )
+from anystride.testing.judgement import assert_right, attend
 from anystride.testing.recipe import far, round_up
 from anystride.testing.rows import ROW_RECIPES, TABLE_RECIPES
 from anystride.testing.storage import Geometry, read

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_close_as_plain, attend, plain, reference
-from formula import law, second_formula
+from formula import second_formula
 from torch import Tensor
 
 from anystride.merge import merge
 from anystride.testing import Case, find_case, find_layout, make_inputs, select
+from anystride.testing.judgement import assert_close_as_plain, attend, plain, reference
+from anystride.testing.law import law
 
 INF = float("inf")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from checks import attend
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anystride import InvalidInputError, flash_attn_varlen_func, plan
 from anystride.problem import Call, Numbers, Problem, make_problem
 from anystride.testing import Case, Inputs, Layout, find_case, find_layout, make_inputs
+from anystride.testing.judgement import attend
 
 OPERATOR = torch.ops.anystride.attention.default
 

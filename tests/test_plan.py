@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from checks import attend
 from torch import Tensor
 
 from anystride import InvalidInputError, UnsupportedError, get_scheduler_metadata, memory, plan, warmup
@@ -19,6 +18,7 @@ from anystride.backends import reference
 from anystride.plan import Plan, find_plan
 from anystride.problem import Call, Numbers, Problem, bucket, make_problem
 from anystride.testing import Inputs, find_case, find_layout, make_inputs
+from anystride.testing.judgement import attend
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import hypothesis.strategies as st
 import pytest
 import torch
-from formula import law, second_formula
+from formula import second_formula
 from hypothesis import HealthCheck, event, given, note, seed, settings
 from torch import Tensor
 
 from anystride import flash_attn_varlen_func
 from anystride.merge import merge
 from anystride.problem import find_relation
+from anystride.testing.law import law
 from anystride.testing.rows import GARBAGE
 from anystride.testing.storage import BITS, poison
 

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from checks import assert_close_as_plain
-from formula import dequantised, law, second_formula
+from formula import second_formula
 from interpreted import INTERPRETED, assert_passes_interpreted, only_compiled
 from torch import Tensor
 
 from anystride import flash_attn_varlen_func
 from anystride.cache import store_kv, store_mla
+from anystride.testing.judgement import assert_close_as_plain
+from anystride.testing.law import dequantised, law
 
 BACKEND = "triton" if INTERPRETED else "cpu"
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16  # Triton's interpreter cannot multiply bfloat16

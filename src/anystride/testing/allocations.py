@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,7 +22,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
         Bytes. What libraries allocate by themselves is not in it.
     """
     cpu_only = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(profile_memory=True, activities=cpu_only) as trace:
+    with _quiet(), torch.profiler.profile(profile_memory=True, activities=cpu_only) as trace:
         function()
     assert trace.profiler is not None
     assert trace.profiler.kineto_results is not None
@@ -29,3 +32,18 @@ def peak_bytes(function: Callable[[], object]) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lose what is written to the standard error stream: PyTorch 2.13 tells there when its profiler starts."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -89,19 +89,20 @@ class Inputs:
             )
 
 
-def cache_shape(case: Case, rank: int = 0, layers: int = 3) -> CacheShape:
+def cache_shape(case: Case, rank: int = 0, layers: int = 3, spare_blocks: int = 0) -> CacheShape:
     """The shape of the cache that holds a case: at least two blocks more than are used.
 
     Args:
         case: What is asked.
         rank: Under context parallelism, whose cache.
         layers: Layers that share the buffer, in the layouts that keep several together.
+        spare_blocks: Unused blocks more than that, where there is a block table.
     """
     lengths = _local_lengths(case, rank)
     per_page = case.blocks_per_page
     if case.paged:
         used = sum(-(-length // case.block_size) for length in lengths)
-        num_blocks = -(-(used + 2 + used // 8) // per_page) * per_page
+        num_blocks = -(-(used + 2 + used // 8 + spare_blocks) // per_page) * per_page
         block_size = case.block_size
     else:
         num_blocks, block_size = 1, max(1, sum(lengths) + case.slack * case.batch)
@@ -133,6 +134,7 @@ def make_inputs(
     *,
     rank: int = 0,
     layers: int = 3,
+    spare_blocks: int = 0,
     values: Values | None = None,
     rows: str = "packed",
     table: str = "packed",
@@ -149,6 +151,7 @@ def make_inputs(
         seed: Of the values, and of the order of the blocks.
         rank: Under context parallelism, whose call. All ranks draw the same values.
         layers: Layers that share the buffer, in the layouts that keep several together.
+        spare_blocks: Unused blocks more than the few that there are anyway.
         values: From another layout's inputs, instead of drawing.
         rows: Strides of q and q_v, a key of ``ROW_RECIPES``.
         table: Strides of the block table, a key of ``TABLE_RECIPES``.
@@ -161,7 +164,7 @@ def make_inputs(
     Raises:
         ValueError: The layout cannot hold the case, or cannot hold ``values``.
     """
-    shape = cache_shape(case, rank, layers)
+    shape = cache_shape(case, rank, layers, spare_blocks)
     cache = layout.build(shape, device)
     entropy = zlib.crc32(f"{case.name} {seed}".encode())  # PyTorch's CPU generator takes 32 bits of it
     source = torch.Generator(device if "bench" in case.tags else "cpu").manual_seed(entropy)

@@ -64,6 +64,7 @@ class Report:
         versions: Of anystride, torch, triton, CUDA, by name.
         findings: In the order in which they were made.
         absent: Why the kernel is not here; then there are no findings.
+        left_out: What was not tried, and why, a sentence each.
     """
 
     kernel: str
@@ -73,6 +74,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     absent: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def is_trustworthy(self) -> bool:
@@ -103,4 +105,4 @@ def load_reports(path: Path) -> list[Report]:
 
 def _report(entry: dict[str, Any]) -> Report:
     findings = (Finding(**{**found, "verdict": Verdict(found["verdict"])}) for found in entry["findings"])
-    return Report(**{**entry, "findings": tuple(findings)})
+    return Report(**{**entry, "findings": tuple(findings), "left_out": tuple(entry["left_out"])})

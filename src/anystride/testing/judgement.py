@@ -13,15 +13,20 @@ Works for inputs on any device: ``reference`` computes on the CPU, ``plain`` on 
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
-from formula import dequantised, law
 from torch import Tensor
 
 from anystride import flash_attn_varlen_func
-from anystride.testing import Inputs
+from anystride.testing.inputs import Inputs
+from anystride.testing.law import dequantised, law
 from anystride.testing.storage import read
 
-__all__ = ["assert_close_as_plain", "assert_right", "attend", "plain", "reference"]
+__all__ = [
+    "Comparison", "assert_close_as_plain", "assert_right", "attend", "compare", "plain", "reference",
+]  # fmt: skip
 
 
 def attend(inputs: Inputs, backend: str | None, **others: object) -> tuple[Tensor, Tensor | None]:
@@ -105,10 +110,26 @@ def plain(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def assert_close_as_plain(
+class Comparison(NamedTuple):
+    """How far a result is from the law.
+
+    Attributes:
+        complaint: What is wrong, "" if nothing is.
+        where: The worst element in a line, "" if nothing is wrong.
+        error: Largest error, NaN if an element is NaN or infinite where it should not be.
+        allowed: What it may be.
+    """
+
+    complaint: str
+    where: str
+    error: float
+    allowed: float
+
+
+def compare(
     name: str, got: Tensor, plain_one: Tensor, right_one: Tensor, rounding: torch.dtype
-) -> None:
-    """Fail unless the errors of ``got`` are at most twice those of ``plain_one``, against ``right_one``.
+) -> Comparison:
+    """Whether the errors of ``got`` are at most twice those of ``plain_one``, against ``right_one``.
 
     Both the largest error and the root of the mean square are held. Infinities must be the same, and no
     NaN may stand where ``right_one`` has none; where it has NaN nothing is promised and nothing is compared.
@@ -119,7 +140,9 @@ def assert_close_as_plain(
     float32 it is three steps: kernels compute in it, and to go to base 2, to raise 2 to a rounded power, and
     to go back costs a step each.
     """
-    assert got.shape == right_one.shape, f"{name}: shape {list(got.shape)}, not {list(right_one.shape)}"
+    if got.shape != right_one.shape:
+        text = f"{name}: shape {list(got.shape)}, not {list(right_one.shape)}"
+        return Comparison(text, "", math.nan, math.nan)
     got, plain_one = got.detach().cpu().double(), plain_one.cpu().double()
     promised = ~right_one.isnan()
     finite = promised & right_one.isfinite()
@@ -129,10 +152,12 @@ def assert_close_as_plain(
         (exact & (got != right_one), "should be infinite as in the reference"),
         (finite & got.isinf(), "are infinite"),
     ):
-        where = wrong.nonzero().tolist()
-        assert not where, f"{name}: {len(where)} of {wrong.numel()} elements {what}, first {where[0]}"
+        places = wrong.nonzero().tolist()
+        if places:
+            text = f"{name}: {len(places)} of {wrong.numel()} elements {what}, first {places[0]}"
+            return Comparison(text, _element(name, places[0], got, right_one), math.nan, math.nan)
     if not finite.any():
-        return
+        return Comparison("", "", 0.0, 0.0)
     error = (got - right_one)[finite].abs()
     allowed = (plain_one - right_one)[finite].abs()
     size = right_one[finite].abs()
@@ -140,11 +165,11 @@ def assert_close_as_plain(
     largest = max(2 * allowed.max().item(), step * size.max().item())
     mean = max(2 * _rms(allowed), step / 2 * _rms(size))
     if error.max().item() <= largest and _rms(error) <= mean:
-        return
+        return Comparison("", "", error.max().item(), largest)
     worst = int(error.argmax())
     place = finite.nonzero()[worst].tolist()
     share = (error > largest).double().mean().item()
-    raise AssertionError(
+    text = (
         f"{name}: off by more than twice plain PyTorch in the storage dtype\n"
         f"  largest error  {error.max().item():.3e}, allowed {largest:.3e}\n"
         f"  mean (RMS)     {_rms(error):.3e}, allowed {mean:.3e}\n"
@@ -152,6 +177,20 @@ def assert_close_as_plain(
         f"right {right_one[finite][worst].item():.8g}, plain {plain_one[finite][worst].item():.8g}\n"
         f"  {share:.1%} of {error.numel()} elements are off by more than allowed"
     )
+    return Comparison(text, _element(name, place, got, right_one), error.max().item(), largest)
+
+
+def _element(name: str, place: list[int], got: Tensor, right: Tensor) -> str:
+    where = ", ".join(map(str, place))
+    return f"{name}[{where}]: got {got[tuple(place)].item():.6g}, right {right[tuple(place)].item():.6g}"
+
+
+def assert_close_as_plain(
+    name: str, got: Tensor, plain_one: Tensor, right_one: Tensor, rounding: torch.dtype
+) -> None:
+    """Fail unless :func:`compare` has nothing to complain of."""
+    complaint = compare(name, got, plain_one, right_one, rounding).complaint
+    assert not complaint, complaint
 
 
 def assert_right(inputs: Inputs, out: Tensor, lse: Tensor | None) -> None:

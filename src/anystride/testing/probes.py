@@ -1,0 +1,217 @@
+"""The columns of the conformance table: one thing alone, against a tame call that asks for nothing else.
+
+A tame call has a packed cache without a NaN in it, block ids that are all valid, and one query token of each
+of two sequences. Each probe changes one thing of it, so that a failure has a name. ``lse`` is asked for only
+where it is what is probed. The column's verdict is the worst of its trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anystride.testing.cases import DEEPSEEK_SCALE, Case
+from anystride.testing.layouts import find_layout
+from anystride.testing.recipe import Layout
+from anystride.testing.trial import Trial
+
+__all__ = ["PROBES", "Probe", "trials_of"]
+
+LENGTHS = (70, 45)
+GQA = Case(
+    "tame-gqa", "a probe", LENGTHS, (1, 1), 8, 2, 128, 128, block_size=16, lse=False, tags=frozenset({"gqa"})
+)
+MLA = Case(
+    "tame-mla", "a probe", (150, 70), (1, 1), 16, 1, 576, 512, "row", 64, lse=False,
+    softmax_scale=DEEPSEEK_SCALE, tags=frozenset({"mla"}),
+)  # fmt: skip
+PACKED = {"kv": "G16", "row": "M1"}
+
+# fmt: off
+HEADS_FIRST = Layout("probe-heads-first", "a probe", "K and V in a buffer each, heads before tokens", "B H T D",
+                     parts="buffers")
+V_HEADS_FIRST = Layout("probe-v-heads-first", "a probe", "K has tokens before heads, V heads before tokens",
+                       "B T H D", v_order="B H T D", parts="buffers")
+V_PADDED = Layout("probe-k-first", "a probe", "K has heads before tokens, V tokens before heads", "B H T D",
+                  v_order="B T H D", parts="buffers")
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One column.
+
+    Attributes:
+        name: Its heading.
+        about: What a kernel that fails it does wrong.
+        trials: Of the tame case of a family, makes what is probed; nothing where there is nothing to probe.
+    """
+
+    name: str
+    about: str
+    trials: Callable[[Case], Iterator[Trial]]
+
+
+def _tame(case: Case, layout: Layout | str = "", **options: Any) -> Trial:
+    where = find_layout(layout or PACKED[case.form]) if isinstance(layout, str) else layout
+    return Trial(case, where, poisons=frozenset(options.pop("poisons", ())), **options)
+
+
+def _named(case: Case, name: str, **changes: Any) -> Case:
+    return replace(case, name=f"{case.name}-{name}", **changes)
+
+
+def _baseline(case: Case) -> Iterator[Trial]:
+    yield _tame(case)
+
+
+def _page_stride(case: Case) -> Iterator[Trial]:
+    yield _tame(case, "G20" if case.form == "kv" else "M3")
+    yield _tame(case, "G4" if case.form == "kv" else "M2")
+
+
+def _token_stride(case: Case) -> Iterator[Trial]:
+    yield _tame(case, "G14" if case.form == "kv" else "A-padded-rows")
+
+
+def _head_stride(case: Case) -> Iterator[Trial]:
+    if case.num_kv_heads > 1:
+        yield _tame(case, HEADS_FIRST)
+        yield _tame(case, "G12")
+
+
+def _dim_stride(case: Case) -> Iterator[Trial]:
+    yield _tame(case, "A-inner-step-2")
+
+
+def _unlike(case: Case) -> Iterator[Trial]:
+    if case.form == "kv":
+        yield _tame(case, V_HEADS_FIRST)
+        yield _tame(case, V_PADDED)
+
+
+def _far(case: Case) -> Iterator[Trial]:
+    yield _tame(case, "A-huge-blocks")
+    yield _tame(case, "A-huge-tokens")
+    if case.form == "kv":
+        yield _tame(case, "A-huge-heads")
+        yield _tame(case, "A-huge-values")
+
+
+def _small_blocks(case: Case) -> Iterator[Trial]:
+    for size in (1, 8):
+        yield _tame(_named(case, f"block-{size}", block_size=size))
+
+
+def _odd_blocks(case: Case) -> Iterator[Trial]:
+    for size in (3, 48, 528):
+        yield _tame(_named(case, f"block-{size}", block_size=size))
+
+
+def _padded_pages(case: Case) -> Iterator[Trial]:
+    yield _tame(case, "G9" if case.form == "kv" else "M3")
+    yield _tame(case, "A-odd-page")
+
+
+def _pages(case: Case) -> Iterator[Trial]:
+    size = case.block_size // 2
+    pages = _named(case, f"pages-2x{size}", block_size=size, blocks_per_page=2)
+    yield _tame(pages, "G11" if case.form == "kv" else "M3b")
+
+
+def _sliced_table(case: Case) -> Iterator[Trial]:
+    for table in ("columns_of_wider", "every_other_column", "transposed"):
+        yield _tame(case, table=table)
+
+
+def _garbage_ids(case: Case) -> Iterator[Trial]:
+    yield _tame(case, poisons=("ids",))
+
+
+def _nan_tails(case: Case) -> Iterator[Trial]:
+    yield _tame(case, poisons=("tails",))
+
+
+def _nan_null_block(case: Case) -> Iterator[Trial]:
+    yield _tame(case, poisons=("unused",))
+
+
+def _nan_gaps(case: Case) -> Iterator[Trial]:
+    for layout in ("G4", "G20", "G12") if case.form == "kv" else ("M2", "M3", "A-padded-rows"):
+        yield _tame(case, layout, poisons=("gaps",))
+
+
+def _empty(case: Case) -> Iterator[Trial]:
+    yield _tame(_named(case, "empty", seqused_k=(70, 0, 33, 0), q_lens=(1,) * 4))
+
+
+def _padded_q(case: Case) -> Iterator[Trial]:
+    yield _tame(_named(case, "padded-q", padded_q=3))
+
+
+def _uneven(case: Case) -> Iterator[Trial]:
+    yield _tame(_named(case, "uneven", seqused_k=(1187, 1, 2, 64, 3, 129), q_lens=(1,) * 6))
+
+
+def _stale_out(case: Case) -> Iterator[Trial]:
+    yield _tame(case, out="packed")
+
+
+def _strided_out(case: Case) -> Iterator[Trial]:
+    for rows in ("padded_rows", "heads_first"):
+        yield _tame(case, out=rows)
+
+
+def _strided_q(case: Case) -> Iterator[Trial]:
+    for rows in ("fused_qkv", "heads_first"):
+        yield _tame(case, rows=rows)
+
+
+def _several_queries(case: Case) -> Iterator[Trial]:
+    yield _tame(_named(case, "q-3", q_lens=(3, 3)))
+    yield _tame(_named(case, "q-uneven", q_lens=(4, 1)))
+
+
+def _lse(case: Case) -> Iterator[Trial]:
+    yield _tame(_named(case, "lse", lse=True))
+    yield _tame(_named(case, "lse-empty", lse=True, seqused_k=(70, 0, 33), q_lens=(1,) * 3))
+
+
+PROBES: tuple[Probe, ...] = (
+    Probe("baseline", "cannot do the tame call at all", _baseline),
+    Probe("page stride", "takes blocks for packed, or for block_size times the token's stride", _page_stride),
+    Probe("token stride", "takes tokens for packed", _token_stride),
+    Probe("head stride", "takes heads for packed", _head_stride),
+    Probe("last-dim stride", "takes the elements of a row for neighbours", _dim_stride),
+    Probe("K and V strides unlike", "takes V's strides from K", _unlike),
+    Probe("64-bit offsets", "counts offsets in 32 bits", _far),
+    Probe("small blocks", "takes blocks for tiles", _small_blocks),
+    Probe("odd blocks", "takes block sizes for powers of two, or multiples of 16", _odd_blocks),
+    Probe("padded pages", "takes pages for full, or their addresses for aligned", _padded_pages),
+    Probe(
+        "5-D pages", "takes one stride from block to block, where pages of several blocks are padded", _pages
+    ),
+    Probe("sliced block table", "takes the table's rows for as long as its shape says", _sliced_table),
+    Probe("garbage ids past the end", "loads or checks ids of blocks that no token needs", _garbage_ids),
+    Probe("NaN tails", "multiplies rows past the end by zero instead of leaving them out", _nan_tails),
+    Probe(
+        "NaN null block",
+        "reads block 0, to which padded tables point, or other unused blocks",
+        _nan_null_block,
+    ),
+    Probe("NaN in gaps", "reads outside the view", _nan_gaps),
+    Probe("empty sequences", "divides by zero, or leaves the row unwritten, where there is no key", _empty),
+    Probe("padded graph rows", "reads or writes rows of q and out that belong to no sequence", _padded_q),
+    Probe("uneven lengths", "cuts the work of short sequences as that of long ones", _uneven),
+    Probe("stale output", "adds to what was in out, or leaves a part of it", _stale_out),
+    Probe("strided out", "takes out for packed", _strided_out),
+    Probe("strided q", "takes q for packed", _strided_q),
+    Probe("several query tokens", "aligns the causal mask elsewhere than to the last key", _several_queries),
+    Probe("lse convention", "returns lse to another base, in another order, or not -inf without keys", _lse),
+)
+
+
+def trials_of(probe: Probe) -> list[Trial]:
+    """The trials of a column, of both families."""
+    return [replace(trial, probe=probe.name) for case in (GQA, MLA) for trial in probe.trials(case)]

@@ -1,0 +1,244 @@
+"""One call of somebody's kernel, and what it came to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anystride.testing.allocations import peak_bytes
+from anystride.testing.cases import Case
+from anystride.testing.inputs import Inputs, make_inputs
+from anystride.testing.judgement import Comparison, compare, plain, reference
+from anystride.testing.recipe import Layout
+from anystride.testing.report import Finding, Verdict
+from anystride.testing.taming import POISONS, tame
+
+__all__ = ["Kernel", "LeftOut", "Trial", "Trials"]
+
+# The signature of ``anystride.flash_attn_varlen_func``, called by keywords: ``out``, or ``out`` and ``lse``.
+Kernel = Callable[..., Any]
+
+HUGE_BYTES = 12 << 30  # a layout beyond 2^31 elements takes up to 9 GB, and its checks some more
+STALE_BYTES = (1 << 9, 1 << 12, 1 << 15, 1 << 18, 1 << 18, 1 << 20, 1 << 20, 20 << 20)
+LONG = 8192  # tokens: enough for a split of the work to be as fine as it gets
+SOME, MORE = 32, 160  # spare blocks, to see whether a kernel's memory grows with the cache
+
+
+class LeftOut(Exception):
+    """The trial needs what this machine does not have; the message says what."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one call asks, in which layout, and with which poisons.
+
+    Attributes:
+        case: What is asked.
+        layout: Where the cache lies.
+        probe: The column it belongs to, "" for none.
+        poisons: Keys of ``taming.POISONS`` that stay in.
+        rows: Strides of q and q_v, a key of ``ROW_RECIPES``.
+        table: Strides of the block table, a key of ``TABLE_RECIPES``.
+        out: Strides of a given ``out``, a key of ``ROW_RECIPES``; None leaves it out.
+    """
+
+    case: Case
+    layout: Layout
+    probe: str = ""
+    poisons: frozenset[str] = frozenset(POISONS)
+    rows: str = "packed"
+    table: str = "packed"
+    out: str | None = None
+
+    def inputs(self, device: torch.device, **options: Any) -> Inputs:
+        """The call, poisoned as asked for."""
+        inputs = make_inputs(
+            self.case, self.layout, device, rows=self.rows, table=self.table, out=self.out, **options
+        )
+        return tame(inputs, self.poisons) if self.poisons != set(POISONS) else inputs
+
+
+class Trials:
+    """Makes trials of one kernel on one device, in this process."""
+
+    def __init__(self, kernel: Kernel, device: torch.device) -> None:
+        self.kernel = kernel
+        self.device = device
+        self._copies: dict[tuple[str, str], int] = {}  # bytes of whole caches, by layout and form
+        self._gathers: dict[str, int] = {}  # bytes of sequences, by form
+
+    def find(self, trial: Trial) -> Finding:
+        """Make the call and judge it. Raises ``LeftOut``."""
+        begin = time.perf_counter()
+        if trial.layout.huge:
+            self._demand(HUGE_BYTES)
+        finding = self._judged(trial)
+        return replace(finding, probe=trial.probe, seconds=time.perf_counter() - begin)
+
+    def _judged(self, trial: Trial) -> Finding:
+        found = Finding(trial.case.name, trial.layout.name, Verdict.OK)
+        inputs = trial.inputs(self.device)
+        _leave_stale_memory(self.device)
+        try:
+            result = self._call(inputs)
+        except Exception as failure:  # whatever a kernel raises is its refusal, unless its device is gone
+            message = _in_short(failure)
+            broken = self._broken()
+            if broken:
+                return replace(found, verdict=Verdict.CRASHED, message=broken)
+            return replace(found, verdict=Verdict.REFUSED, message=message)
+        out, lse = result if isinstance(result, tuple) else (result, None)
+        wrong = _complaint(inputs, out, lse)
+        found = replace(found, error=wrong.error, allowed=wrong.allowed)
+        if wrong.complaint:
+            first = wrong.complaint.partition("\n")[0]
+            return replace(found, verdict=Verdict.WRONG, message=first, where=wrong.where)
+        if lse is None and trial.case.lse:
+            found = replace(found, message="no lse")
+        copied = self._copied(trial)
+        if copied:
+            text = f"memory grew by {copied:,} bytes with the cache"
+            return replace(found, verdict=Verdict.COPIED, message=text, copied_bytes=copied)
+        return found
+
+    def _call(self, inputs: Inputs) -> Any:
+        """What the kernel returns, once it is there."""
+        result = self.kernel(**inputs.kwargs)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return result
+
+    def _most_bytes(self, inputs: Inputs) -> int:
+        """The most bytes that a call takes of PyTorch's allocator."""
+        if self.device.type != "cuda":
+            return peak_bytes(lambda: self.kernel(**inputs.kwargs))
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self._call(inputs)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def _broken(self) -> str:
+        """Why the device cannot go on, "" if it can."""
+        if self.device.type != "cuda":
+            return ""
+        try:
+            torch.cuda.synchronize(self.device)
+            torch.zeros(1, device=self.device).item()
+        except RuntimeError as error:
+            return _in_short(error)
+        return ""
+
+    def _copied(self, trial: Trial) -> int:
+        """Bytes of the cache that the kernel copies, as far as its memory grows with the cache; 0 for none.
+
+        A workspace is no copy: memory must grow by half of what K grows by, when the cache gets many more
+        unused blocks, which is asked once of a layout and a form, or when sequences of 8192 tokens become twice
+        as long, which is asked once of a form.
+        """
+        case, form = trial.case, trial.case.form
+        row = case.num_kv_heads * case.d_qk * case.torch_k_dtype.itemsize
+        key = (trial.layout.name, form)
+        if key not in self._copies:
+            grows = (
+                case.paged and not trial.layout.huge and self._peak(trial, case) >= sum(case.seqused_k) * row
+            )
+            spare = (MORE - SOME) * case.block_size * row
+            growth = self._peak(trial, case, MORE) - self._peak(trial, case, SOME) if grows else 0
+            self._copies[key] = growth if growth >= spare / 2 else 0
+        if self._copies[key]:
+            return self._copies[key]
+        if form not in self._gathers and not trial.layout.huge:
+            n = min(2, case.batch)
+            once, twice = (
+                self._peak(trial, replace(case, seqused_k=(length,) * n, q_lens=case.q_lens[:n]))
+                for length in (LONG, 2 * LONG)
+            )
+            self._gathers[form] = twice - once if twice - once >= n * LONG * row / 2 else 0
+        return self._gathers.get(form, 0)
+
+    def _peak(self, trial: Trial, case: Case, spare_blocks: int = 0) -> int:
+        inputs = replace(trial, case=case).inputs(self.device, spare_blocks=spare_blocks, guard=False)
+        try:
+            return self._most_bytes(inputs)
+        except Exception:  # it did the case itself, so that this says nothing of copies
+            return 0
+
+    def _demand(self, needed: int) -> None:
+        if self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < needed:
+            raise LeftOut(f"layouts beyond 2^31 elements need {needed >> 30} GB of free memory")
+
+
+def _leave_stale_memory(device: torch.device) -> None:
+    """Fill memory with NaN and give it back to the allocator, which hands it out again."""
+    held = [torch.empty(size, dtype=torch.uint8, device=device) for size in STALE_BYTES]
+    for piece in held:
+        piece.fill_(0xFF)
+
+
+def _in_short(failure: BaseException) -> str:
+    """The kind of an exception and the first lines of its message."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return f"{type(failure).__name__}: {' '.join(lines[:3])}"[:300]
+
+
+def _complaint(inputs: Inputs, out: Any, lse: Any) -> Comparison:
+    """What is wrong with a result, and how far ``out`` is from the law."""
+    q = inputs.kwargs["q"]
+    if not isinstance(out, Tensor) or out.dtype != q.dtype or out.device != q.device:
+        kind = f"{out.dtype} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+        return _plainly(f"out is {kind}, q is {q.dtype} on {q.device}")
+    if "out" in inputs.kwargs and out.data_ptr() != inputs.kwargs["out"].data_ptr():
+        return _plainly("the given out was not returned")
+    right_out, right_lse = reference(inputs)
+    plain_out, plain_lse = plain(inputs)
+    of_out = compare("out", out, plain_out, right_out, q.dtype)
+    if of_out.complaint:
+        return of_out
+    if lse is not None and inputs.case.lse:
+        if not isinstance(lse, Tensor) or lse.dtype != torch.float32:
+            return _plainly(f"lse is {lse.dtype if isinstance(lse, Tensor) else type(lse).__name__}")
+        of_lse = compare("lse", lse, plain_lse, right_lse, torch.float32)
+        if of_lse.complaint:
+            dialect = _dialect(lse, plain_lse, right_lse)
+            return of_lse._replace(
+                complaint=f"{dialect}; {of_lse.complaint}" if dialect else of_lse.complaint
+            )
+    try:
+        inputs.assert_untouched()
+    except AssertionError as error:
+        return _plainly(str(error))
+    return of_out
+
+
+def _plainly(complaint: str) -> Comparison:
+    return Comparison(complaint, "", float("nan"), float("nan"))
+
+
+def _dialect(lse: Tensor, plain_lse: Tensor, right: Tensor) -> str:
+    """The convention in which a wrong lse would be right, "" if none is known."""
+    log2 = 0.6931471805599453
+    empty = right == float("-inf")
+    candidates = (
+        {
+            "lse is transposed: [total_q, num_q_heads]": lse.t(),
+            "lse is a logarithm to base 2": lse * log2,
+            "lse of a row without keys is +inf": lse.masked_fill(
+                empty.to(lse.device) & lse.isposinf(), -torch.inf
+            ),
+            "lse is to base 2, and +inf of a row without keys": (lse * log2).masked_fill(
+                empty.to(lse.device) & lse.isposinf(), -torch.inf
+            ),
+        }
+        if lse.shape == right.shape
+        else {"lse is transposed: [total_q, num_q_heads]": lse.t() if lse.dim() == 2 else lse}
+    )
+    for text, candidate in candidates.items():
+        if not compare("lse", candidate, plain_lse, right, torch.float32).complaint:
+            return text
+    return ""
