@@ -45,6 +45,14 @@ class Peer:
     prepare: Callable[[dict[str, Any]], Call]
 
     def kernel(self, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Make one call: ``flash_attn_varlen_func`` of this peer. Raises ``Refused``."""
+        """Make one call: ``flash_attn_varlen_func`` of this peer. Raises ``Refused``.
+
+        Where the peer takes no ``out``, a given one gets a copy of the rows that belong to a sequence.
+        """
         out, lse = self.prepare(kwargs)()
+        given = kwargs.get("out")
+        if given is not None and given.data_ptr() != out.data_ptr():
+            rows = int(kwargs["cu_seqlens_q"][-1])
+            given[:rows].copy_(out[:rows])
+            out = given
         return (out, lse) if kwargs.get("return_softmax_lse") else out

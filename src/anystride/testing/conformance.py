@@ -7,7 +7,8 @@
         print(finding.probe or finding.layout, finding.case, finding.verdict.value, finding.message)
 
 Two sets of trials are made: the probes (``probes.py``), each of one thing alone, and cases of real models in
-every layout of the catalogue that holds them, with everything poisoned at once.
+every layout of the catalogue that holds them, with NaN wherever no row of K or V lies. What else may be poisoned
+has probes of its own, so that a layout is not said to be what a kernel cannot read, when it is a NaN in a tail.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _grid(cases: Sequence[Case], layouts: Sequence[Layout]) -> Iterator[Trial]:
     for layout in layouts:
         for case in cases:
             if compatible(case, layout) is None:
-                yield Trial(case, layout)
+                yield Trial(case, layout, poisons=frozenset({"gaps"}))
 
 
 def _made(

@@ -31,7 +31,7 @@ class Finding:
         layout: Name of the layout.
         verdict: What it came to.
         probe: What alone was probed, the name of a column (``conformance.PROBES``); "" for a case of the
-            table in a layout of the catalogue with everything poisoned at once.
+            table in a layout of the catalogue, with NaN in its gaps.
         message: The kernel's own message, what is wrong in a sentence, or "".
         where: The worst element: ``out[3, 5, 17]: got nan, right 0.12``; "" unless it is wrong.
         error: Largest error against the float64 law, None where nothing was compared.
