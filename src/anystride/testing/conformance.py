@@ -38,14 +38,14 @@ Progress = Callable[[int, int, Finding], None]
 
 def check(
     kernel: Kernel | str,
-    cases: Iterable[Case | str] = CASES_CHECKED,
+    cases: Iterable[Case | str] | None = None,
     layouts: Iterable[Layout | str] | None = None,
     device: torch.device | str = "cpu",
     *,
     probes: Iterable[str] | None = None,
     isolate: bool = True,
     timeout: float = 300.0,
-    peers: Path | None = None,
+    peers_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Hold a kernel to the law.
@@ -54,7 +54,7 @@ def check(
         kernel: A callable with the signature of ``anystride.flash_attn_varlen_func``, called by keywords, that
             returns ``out`` or ``(out, lse)``; or the name of a back end (``triton``), of a peer (``flash-mla``),
             or of a function (``module:function``).
-        cases: Of the table of cases, each in every layout that holds it.
+        cases: Of the table of cases, each in every layout that holds it; None for ``CASES_CHECKED``.
         layouts: Of the catalogue; None for all.
         device: Of the tensors.
         probes: Names of columns; None for all.
@@ -62,7 +62,7 @@ def check(
             it, a callable need not be importable by name, and an illegal access ends this process.
         timeout: Seconds after which a call that has not answered counts as crashed. The first call of a kernel
             may compile.
-        peers: The folder of peers that are not installed.
+        peers_folder: The folder of peers that are not installed.
         progress: Called after each trial with the number of trials made, of all, and the finding.
 
     Returns:
@@ -75,12 +75,12 @@ def check(
     wanted = trials(cases, layouts, probes)
     device = torch.device(device)
     if not isolate:
-        subject = load(kernel, peers)
+        subject = load(kernel, peers_folder)
         if subject.kernel is None:
             return _report(subject, *facts_of(device))
         findings, left_out = _made(Trials(subject.kernel, device).find, wanted, progress)
         return _report(subject, *facts_of(device), findings, left_out)
-    child = Child(kernel, device, timeout, peers)
+    child = Child(kernel, device, timeout, peers_folder)
     try:
         if child.subject.absent:
             return _report(child.subject, child.device_name, child.versions)
@@ -91,7 +91,7 @@ def check(
 
 
 def trials(
-    cases: Iterable[Case | str] = CASES_CHECKED,
+    cases: Iterable[Case | str] | None = None,
     layouts: Iterable[Layout | str] | None = None,
     probes: Iterable[str] | None = None,
 ) -> list[Trial]:
@@ -108,7 +108,10 @@ def trials(
     return [
         *(trial for name in chosen for trial in trials_of(by_name[name])),
         *_grid(
-            [find_case(case) if isinstance(case, str) else case for case in cases],
+            [
+                find_case(case) if isinstance(case, str) else case
+                for case in (CASES_CHECKED if cases is None else cases)
+            ],
             list(LAYOUTS.values())
             if layouts is None
             else [find_layout(layout) if isinstance(layout, str) else layout for layout in layouts],

@@ -82,7 +82,10 @@ class Trials:
 
     def _judged(self, trial: Trial) -> Finding:
         found = Finding(trial.case.name, trial.layout.name, Verdict.OK)
-        inputs = trial.inputs(self.device)
+        try:
+            inputs = trial.inputs(self.device)
+        except torch.OutOfMemoryError:
+            raise LeftOut("there is not enough free memory for the cache") from None
         _leave_stale_memory(self.device)
         try:
             result = self._call(inputs)
