@@ -99,7 +99,7 @@ def blocks_in_use(table: Tensor, lengths: Tensor, block_size: int) -> tuple[Tens
 
 
 def whole(rows: Tensor, total: int) -> Tensor:
-    """``rows`` with zeros behind them up to ``total`` rows: rows of q that belong to no sequence have a place."""
+    """``rows``, and zeros up to ``total`` rows: rows of q that belong to no sequence have a place."""
     if rows.shape[0] == total:
         return rows
     padded = rows.new_zeros((total, *rows.shape[1:]))

@@ -1,8 +1,8 @@
 """FlashAttention-3, as vLLM ships it.
 
-Source: ``flash_attn_varlen_func`` of vLLM (vllm/vllm_flash_attn/flash_attn_interface.py): paged K and V, query
-counts that differ, windows, softcap, sinks, fp8 with descales, ``q_v``; MLA is called in its ``q_v`` form, with
-the rope part as q and k and the latent part as q_v and v, as vLLM's back end for MLA does.
+Source: ``flash_attn_varlen_func`` of vLLM (vllm/vllm_flash_attn/flash_attn_interface.py): paged K and V,
+query counts that differ, windows, softcap, sinks, fp8 with descales, ``q_v``; MLA is called in its ``q_v``
+form, with the rope part as q and k and the latent part as q_v and v, as vLLM's back end for MLA does.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def _descale(kwargs: dict[str, Any], name: str, heads: int) -> Tensor | None:
 
 def _prepare(kwargs: dict[str, Any]) -> Call:
     refuse_but(
-        kwargs, "q_v", "window_size", "softcap", "s_aux", "q_descale", "k_descale", "v_descale", "cp_world_size",
-        "num_splits", "block_table",
+        kwargs, "q_v", "window_size", "softcap", "s_aux", "q_descale", "k_descale", "v_descale",
+        "cp_world_size", "num_splits", "block_table",
     )  # fmt: skip
     q, q_v, table = kwargs["q"], kwargs.get("q_v"), kwargs.get("block_table")
     k, v = kwargs["k"], kwargs["v"]
@@ -57,8 +57,8 @@ def _prepare(kwargs: dict[str, Any]) -> Call:
     metadata = None
     if table is not None:
         metadata = torch.ops._vllm_fa3_C.get_scheduler_metadata(
-            kwargs["cu_seqlens_q"].shape[0] - 1, tokens, longest, heads, kv_heads, q.shape[-1], v.shape[-1], q.dtype,
-            lengths, kwargs["cu_seqlens_q"], None, None, None, None, k.shape[1], 0, causal,
+            kwargs["cu_seqlens_q"].shape[0] - 1, tokens, longest, heads, kv_heads, q.shape[-1], v.shape[-1],
+            q.dtype, lengths, kwargs["cu_seqlens_q"], None, None, None, None, k.shape[1], 0, causal,
             left, right, False, splits, None, 0,
         )  # fmt: skip
     scales = [_descale(kwargs, name, kv_heads) for name in "qkv"]

@@ -1,8 +1,8 @@
 """PyTorch's FlexAttention over a paged cache.
 
-Source: ``torch.nn.attention.experimental._paged_attention.PagedAttention``, whose page table is filled from the
-call's, and ``flex_attention`` over the cache as one sequence ``[1, num_kv_heads, num_blocks * block_size, d]``.
-That shape is no view of most strided caches: then ``reshape``, as documented for it, copies the cache.
+Source: ``torch.nn.attention.experimental._paged_attention.PagedAttention``, whose page table is filled from
+the call's, and ``flex_attention`` over the cache as one sequence ``[1, num_kv_heads, num_blocks * block_size,
+d]``. That shape is no view of most strided caches: then ``reshape``, as documented for it, copies the cache.
 Compiled on a GPU, as its documentation asks for; as it is on a CPU.
 """
 

@@ -1,7 +1,7 @@
 """vLLM's Triton kernels that write a cache, through their launchers.
 
-Source: vllm/v1/attention/ops/triton_reshape_and_cache_flash.py. They take no part in conformance: they are what
-our own stores are timed beside.
+Source: vllm/v1/attention/ops/triton_reshape_and_cache_flash.py. They take no part in conformance: they are
+what our own stores are timed beside.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """vLLM's two Triton kernels over paged caches, each loaded as one file.
 
-Source: ``decode_attention_fwd`` (vllm/v1/attention/ops/triton_decode_attention.py), called with as many splits
-as vLLM's back end for MLA chooses; ``unified_attention`` (triton_unified_attention.py), called as vLLM's
-TRITON_ATTN does, with the buffers of its path for decoding.
+Source: ``decode_attention_fwd`` (vllm/v1/attention/ops/triton_decode_attention.py), called with as many
+splits as vLLM's back end for MLA chooses; ``unified_attention`` (triton_unified_attention.py), called as
+vLLM's TRITON_ATTN does, with the buffers of its path for decoding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anystride.peers.calls import demand, four_dims, query_counts, refuse_but, whole
+from anystride.peers.calls import demand, four_dims, query_counts, refuse_but
 from anystride.peers.folder import VLLM_VERSION
 from anystride.peers.peer import Absent, Call, Peer
 
@@ -182,8 +182,9 @@ def _unified(kwargs: dict[str, Any]) -> Call:
             kwargs["max_seqlen_k"], kwargs["softmax_scale"], causal, (left, right), kwargs["block_table"],
             kwargs.get("softcap", 0.0), *descales, seq_threshold_3D=max(128 // kv_heads, 1),
             num_par_softmax_segments=segments, softmax_segm_output=partial[0], softmax_segm_max=partial[1],
-            softmax_segm_expsum=partial[2], alibi_slopes=kwargs.get("alibi_slopes"), sinks=kwargs.get("s_aux"),
-            kv_quant_mode=mode, k_scale_cache=kwargs.get("k_scale_cache"), v_scale_cache=kwargs.get("v_scale_cache"),
+            softmax_segm_expsum=partial[2], alibi_slopes=kwargs.get("alibi_slopes"),
+            sinks=kwargs.get("s_aux"), kv_quant_mode=mode, k_scale_cache=kwargs.get("k_scale_cache"),
+            v_scale_cache=kwargs.get("v_scale_cache"),
         )  # fmt: skip
         return out, None
 

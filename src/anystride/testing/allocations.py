@@ -36,7 +36,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lose what is written to the standard error stream: PyTorch 2.13 tells there when its profiler starts."""
+    """Lose what is written to standard error: PyTorch 2.13 tells there when its profiler starts."""
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

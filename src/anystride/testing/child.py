@@ -30,14 +30,14 @@ def _serve(pipe: Connection, kernel: Kernel | str, device: str, peers: Path | No
     """Load the kernel, say what it is, and answer every trial with a finding or a ``LeftOut``."""
     try:
         subject = load(kernel, peers)
-        pipe.send((replace(subject, kernel=None), facts_of(torch.device(device))))
+        pipe.send((replace(subject, kernel=None, prepare=None), facts_of(torch.device(device))))
     except Exception:
         pipe.send(Failed(traceback.format_exc()))
         return
     if subject.absent:
         return
     assert subject.kernel is not None
-    trials = Trials(subject.kernel, torch.device(device))
+    trials = Trials(subject.kernel, torch.device(device), subject.prepare)
     while (trial := pipe.recv()) is not None:
         try:
             answer: Finding | LeftOut = trials.find(trial)

@@ -7,8 +7,8 @@
         print(finding.probe or finding.layout, finding.case, finding.verdict.value, finding.message)
 
 Two sets of trials are made: the probes (``probes.py``), each of one thing alone, and cases of real models in
-every layout of the catalogue that holds them, with NaN wherever no row of K or V lies. What else may be poisoned
-has probes of its own, so that a layout is not said to be what a kernel cannot read, when it is a NaN in a tail.
+every layout of the catalogue that holds them, with NaN wherever no row of K or V lies. What else may be
+poisoned has probes of its own, so that no layout is blamed for a NaN in a tail.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ def check(
     *,
     probes: Iterable[str] | None = None,
     isolate: bool = True,
-    timeout: float = 300.0,
+    timeout: float = 600.0,
     peers_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Hold a kernel to the law.
 
     Args:
-        kernel: A callable with the signature of ``anystride.flash_attn_varlen_func``, called by keywords, that
-            returns ``out`` or ``(out, lse)``; or the name of a back end (``triton``), of a peer (``flash-mla``),
-            or of a function (``module:function``).
+        kernel: A callable with the signature of ``anystride.flash_attn_varlen_func``, called by keywords,
+            that returns ``out`` or ``(out, lse)``; or the name of a back end (``triton``), of a peer
+            (``flash-mla``), or of a function (``module:function``).
         cases: Of the table of cases, each in every layout that holds it; None for ``CASES_CHECKED``.
         layouts: Of the catalogue; None for all.
         device: Of the tensors.
         probes: Names of columns; None for all.
-        isolate: Make the trials in a process of their own, so that a crash or a hang ends one of them. Without
-            it, a callable need not be importable by name, and an illegal access ends this process.
-        timeout: Seconds after which a call that has not answered counts as crashed. The first call of a kernel
-            may compile.
+        isolate: Make the trials in a process of their own, so that a crash or a hang ends one of them.
+            Without it, a callable need not be importable by name, and an illegal access ends this process.
+        timeout: Seconds after which a call that has not answered counts as crashed. The first call of a
+            kernel may compile.
         peers_folder: The folder of peers that are not installed.
         progress: Called after each trial with the number of trials made, of all, and the finding.
 
@@ -78,7 +78,7 @@ def check(
         subject = load(kernel, peers_folder)
         if subject.kernel is None:
             return _report(subject, *facts_of(device))
-        findings, left_out = _made(Trials(subject.kernel, device).find, wanted, progress)
+        findings, left_out = _made(Trials(subject.kernel, device, subject.prepare).find, wanted, progress)
         return _report(subject, *facts_of(device), findings, left_out)
     child = Child(kernel, device, timeout, peers_folder)
     try:

@@ -1,4 +1,4 @@
-"""What the kit can be asked to look at: our back ends and the peers by name, anybody's function by its place."""
+"""What the kit can look at: our back ends and the peers by name, anybody's function by its place."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import torch
 
 import anystride
 from anystride.plan import NAMES
-from anystride.testing.trial import Kernel
+from anystride.testing.trial import Kernel, Prepare
 
 __all__ = ["Subject", "facts_of", "load"]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A kernel that is looked at; the fields are those of ``Report``."""
+    """A kernel that is looked at: fields of ``Report``, and what ``Trials`` takes."""
 
     name: str
     title: str
     version: str
     kernel: Kernel | None
     absent: str = ""
+    prepare: Prepare | None = None
 
 
 def load(kernel: Kernel | str, peers: Path | None = None) -> Subject:
@@ -63,7 +64,7 @@ def load(kernel: Kernel | str, peers: Path | None = None) -> Subject:
             "a function of your own is module:function"
         ) from None
     try:
-        return Subject(peer.name, peer.title, peer.load(peers), peer.kernel)
+        return Subject(peer.name, peer.title, peer.load(peers), peer.kernel, prepare=peer.prepare)
     except Absent as why:
         return Subject(peer.name, peer.title, "", None, str(why))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from anystride.testing.recipe import Layout
 from anystride.testing.report import Finding, Verdict
 from anystride.testing.taming import POISONS, tame
 
-__all__ = ["Kernel", "LeftOut", "Trial", "Trials"]
+__all__ = ["Kernel", "LeftOut", "Prepare", "Trial", "Trials"]
 
 # The signature of ``anystride.flash_attn_varlen_func``, called by keywords: ``out``, or ``out`` and ``lse``.
 Kernel = Callable[..., Any]
+Prepare = Callable[[dict[str, Any]], Callable[[], Any]]
 
 HUGE_BYTES = 12 << 30  # a layout beyond 2^31 elements takes up to 9 GB, and its checks some more
 STALE_BYTES = (1 << 9, 1 << 12, 1 << 15, 1 << 18, 1 << 18, 1 << 20, 1 << 20, 20 << 20)
@@ -45,6 +47,7 @@ class Trial:
         rows: Strides of q and q_v, a key of ``ROW_RECIPES``.
         table: Strides of the block table, a key of ``TABLE_RECIPES``.
         out: Strides of a given ``out``, a key of ``ROW_RECIPES``; None leaves it out.
+        of: What is judged: everything, or ``lse`` alone.
     """
 
     case: Case
@@ -54,6 +57,7 @@ class Trial:
     rows: str = "packed"
     table: str = "packed"
     out: str | None = None
+    of: Literal["everything", "lse"] = "everything"
 
     def inputs(self, device: torch.device, **options: Any) -> Inputs:
         """The call, poisoned as asked for."""
@@ -64,11 +68,19 @@ class Trial:
 
 
 class Trials:
-    """Makes trials of one kernel on one device, in this process."""
+    """Makes trials of one kernel on one device, in this process.
 
-    def __init__(self, kernel: Kernel, device: torch.device) -> None:
+    Args:
+        kernel: What is called.
+        device: Of the tensors.
+        prepare: Where a kernel makes page lists and masks first, which a step's layers share: what takes the
+            call's arguments and returns the rest of the call. Only the rest is looked at for copies.
+    """
+
+    def __init__(self, kernel: Kernel, device: torch.device, prepare: Prepare | None = None) -> None:
         self.kernel = kernel
         self.device = device
+        self._prepare = prepare or (lambda kwargs: lambda: kernel(**kwargs))
         self._copies: dict[tuple[str, str], int] = {}  # bytes of whole caches, by layout and form
         self._gathers: dict[str, int] = {}  # bytes of sequences, by form
 
@@ -96,7 +108,9 @@ class Trials:
                 return replace(found, verdict=Verdict.CRASHED, message=broken)
             return replace(found, verdict=Verdict.REFUSED, message=message)
         out, lse = result if isinstance(result, tuple) else (result, None)
-        wrong = _complaint(inputs, out, lse)
+        if lse is None and trial.of == "lse":
+            return replace(found, verdict=Verdict.REFUSED, message="it returns no lse")
+        wrong = _lse_complaint(inputs, lse) if trial.of == "lse" else _complaint(inputs, out, lse)
         found = replace(found, error=wrong.error, allowed=wrong.allowed)
         if wrong.complaint:
             first = wrong.complaint.partition("\n")[0]
@@ -118,12 +132,15 @@ class Trials:
 
     def _most_bytes(self, inputs: Inputs) -> int:
         """The most bytes that a call takes of PyTorch's allocator."""
+        call = self._prepare(inputs.kwargs)
         if self.device.type != "cuda":
-            return peak_bytes(lambda: self.kernel(**inputs.kwargs))
+            return peak_bytes(call)
+        call()  # what the first call of a shape alone allocates is no part of it
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self._call(inputs)
+        call()
+        torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def _broken(self) -> str:
@@ -140,12 +157,12 @@ class Trials:
     def _copied(self, trial: Trial) -> int:
         """Bytes of the cache that the kernel copies, as far as its memory grows with the cache; 0 for none.
 
-        A workspace is no copy: memory must grow by half of what K grows by, when the cache gets many more
-        unused blocks, which is asked once of a layout and a form, or when sequences of 8192 tokens become twice
-        as long, which is asked once of a form.
+        A workspace is no copy: memory must grow by half of what K, or V, grows by, when the cache gets many
+        more unused blocks, which is asked once of a layout and a form, or when sequences of 8192 tokens become
+        twice as long, which is asked once of a form.
         """
         case, form = trial.case, trial.case.form
-        row = case.num_kv_heads * case.d_qk * case.torch_k_dtype.itemsize
+        row = case.num_kv_heads * max(case.d_qk, case.d_v) * case.torch_k_dtype.itemsize
         key = (trial.layout.name, form)
         if key not in self._copies:
             grows = (
@@ -198,20 +215,13 @@ def _complaint(inputs: Inputs, out: Any, lse: Any) -> Comparison:
         return _plainly(f"out is {kind}, q is {q.dtype} on {q.device}")
     if "out" in inputs.kwargs and out.data_ptr() != inputs.kwargs["out"].data_ptr():
         return _plainly("the given out was not returned")
-    right_out, right_lse = reference(inputs)
-    plain_out, plain_lse = plain(inputs)
-    of_out = compare("out", out, plain_out, right_out, q.dtype)
+    of_out = compare("out", out, plain(inputs)[0], reference(inputs)[0], q.dtype)
     if of_out.complaint:
         return of_out
     if lse is not None and inputs.case.lse:
-        if not isinstance(lse, Tensor) or lse.dtype != torch.float32:
-            return _plainly(f"lse is {lse.dtype if isinstance(lse, Tensor) else type(lse).__name__}")
-        of_lse = compare("lse", lse, plain_lse, right_lse, torch.float32)
+        of_lse = _lse_complaint(inputs, lse)
         if of_lse.complaint:
-            dialect = _dialect(lse, plain_lse, right_lse)
-            return of_lse._replace(
-                complaint=f"{dialect}; {of_lse.complaint}" if dialect else of_lse.complaint
-            )
+            return of_lse
     try:
         inputs.assert_untouched()
     except AssertionError as error:
@@ -219,29 +229,31 @@ def _complaint(inputs: Inputs, out: Any, lse: Any) -> Comparison:
     return of_out
 
 
+def _lse_complaint(inputs: Inputs, lse: Any) -> Comparison:
+    """What is wrong with an lse, and in which convention it would be right."""
+    if not isinstance(lse, Tensor) or lse.dtype != torch.float32:
+        return _plainly(f"lse is {lse.dtype if isinstance(lse, Tensor) else type(lse).__name__}")
+    right, plain_lse = reference(inputs)[1], plain(inputs)[1]
+    found = compare("lse", lse, plain_lse, right, torch.float32)
+    if not found.complaint:
+        return found
+    for text, candidate in _dialects(lse, right.to(lse.device)):
+        if not compare("lse", candidate, plain_lse, right, torch.float32).complaint:
+            return found._replace(complaint=f"{text}; {found.complaint}")
+    return found
+
+
+def _dialects(lse: Tensor, right: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Conventions that others have, and what an lse in them is in ours."""
+    if lse.shape == right.t().shape:
+        yield "lse is [total_q, num_q_heads]", lse.t()
+    if lse.shape != right.shape:
+        return
+    finite = lse.masked_fill((right == -torch.inf) & lse.isposinf(), -torch.inf)
+    yield "lse of a row without keys is +inf", finite
+    yield "lse is a logarithm to base 2", lse * math.log(2)
+    yield "lse is a logarithm to base 2, and +inf of a row without keys", finite * math.log(2)
+
+
 def _plainly(complaint: str) -> Comparison:
     return Comparison(complaint, "", float("nan"), float("nan"))
-
-
-def _dialect(lse: Tensor, plain_lse: Tensor, right: Tensor) -> str:
-    """The convention in which a wrong lse would be right, "" if none is known."""
-    log2 = 0.6931471805599453
-    empty = right == float("-inf")
-    candidates = (
-        {
-            "lse is transposed: [total_q, num_q_heads]": lse.t(),
-            "lse is a logarithm to base 2": lse * log2,
-            "lse of a row without keys is +inf": lse.masked_fill(
-                empty.to(lse.device) & lse.isposinf(), -torch.inf
-            ),
-            "lse is to base 2, and +inf of a row without keys": (lse * log2).masked_fill(
-                empty.to(lse.device) & lse.isposinf(), -torch.inf
-            ),
-        }
-        if lse.shape == right.shape
-        else {"lse is transposed: [total_q, num_q_heads]": lse.t() if lse.dim() == 2 else lse}
-    )
-    for text, candidate in candidates.items():
-        if not compare("lse", candidate, plain_lse, right, torch.float32).complaint:
-            return text
-    return ""
