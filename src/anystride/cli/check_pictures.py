@@ -146,21 +146,21 @@ class _Picture:
         """Arrows from K's first element, above its line, the shortest lowest."""
         start = self.storage.k_geometry.offset
         begin = self._x(line, start)
-        parts = []
+        arrows, names = [], []
         for level, stride in enumerate(self.across):
             end, y = self._x(line, start + stride.elements), top - 4 - LEVEL * level - 3
             tip = 4 if end > begin else -4
-            parts.append(f'<path class="a" d="M{begin:.1f} {y}H{end:.1f}m{-tip} -3l{tip} 3l{-tip} 3M{end:.1f} '
-                         f'{y}V{top}"/>')  # fmt: skip
+            head = f"m{-tip} -3l{tip} 3l{-tip} 3"
+            arrows.append(f'<path class="a" d="M{begin:.1f} {y}H{end:.1f}{head}M{end:.1f} {y}V{top}"/>')
             words = _name(stride) + (f" {stride.formula}" if stride.formula else "")
             after = max(begin, end) + 5
             if after + len(words) * LETTER * 1.1 < WIDTH:
-                parts.append(_text(after, y + 3, words, "s"))
+                names.append(_text(after, y + 3, words, "s"))
             else:
-                parts.append(_text(min(begin, end) + 4, y - 2.5, words, "s"))
+                names.append(_text(min(begin, end) + 4, y - 2.5, words, "s"))
         highest = top - 4 - LEVEL * (len(self.across) - 1) - 3
-        parts.append(f'<path class="a" d="M{begin:.1f} {highest}V{top}"/>')
-        return "".join(parts)
+        arrows.append(f'<path class="a" d="M{begin:.1f} {highest}V{top}"/>')
+        return "".join((*arrows, *names))
 
 
 def _box(left: float, right: float, top: float) -> str:

@@ -68,7 +68,9 @@ class Cell:
     @property
     def verdict(self) -> Verdict:
         """The worst of those that were taken; refused if none was."""
-        taken = [verdict for verdict in WORST_FIRST if self.counts[verdict] and verdict is not Verdict.REFUSED]
+        taken = [
+            verdict for verdict in WORST_FIRST if self.counts[verdict] and verdict is not Verdict.REFUSED
+        ]
         return taken[0] if taken else Verdict.REFUSED
 
     @property
