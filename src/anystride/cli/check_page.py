@@ -43,19 +43,19 @@ ABOUT = (
 )
 ABOUT_CELLS = f"{READING} The grey part of an ok: the share that was refused. A dot: no call was made there."
 ABOUT_PROBES = (
-    "A plain call in which one thing is not as a kernel may have assumed. What fails here is named by its row. "
-    "A cell opens its calls."
+    "A plain call in which one thing is not as a kernel may have assumed. What fails here is named by its "
+    "row. A cell opens its calls."
 )
 ABOUT_LAYOUTS = (
-    "Calls of real models in every layout that holds their cache, with gaps, tails, unused blocks and ids past "
-    "the end poisoned at once. A name leads to its picture."
+    "Calls of real models in every layout that holds their cache, with gaps, tails, unused blocks and ids "
+    "past the end poisoned at once. A name leads to its picture."
 )
 ABOUT_PICTURES = (
-    "A small cache in each layout. Memory is one tape, cut into lines, the first element of each at its left; "
-    "t is a token, h a head. Strides are in elements, from the first element of K: nb blocks, bs tokens in a "
-    "block, h heads, dk, dv, d the larger of them, r the MLA row, L layers, k blocks in a page, size bytes of "
-    "an element, up(x, m) x rounded up to a multiple of m, far(n) a stride with which the last of n steps "
-    "starts beyond 2<sup>31</sup> elements."
+    "A small cache in each layout. Memory is one tape, cut into lines, the first element of each at its "
+    "left; t is a token, h a head. Strides are in elements, from the first element of K: nb blocks, bs "
+    "tokens in a block, h heads, dk, dv, d the larger of them, r the MLA row, L layers, k blocks in a page, "
+    "size bytes of an element, up(x, m) x rounded up to a multiple of m, far(n) a stride with which the last "
+    "of n steps starts beyond 2<sup>31</sup> elements."
 )
 SECTIONS = {
     "kernels": "Kernels",
@@ -332,8 +332,8 @@ def _figure(reports: Sequence[Report], name: str) -> str:
             came.append(f"<li>{escape(report.title)} {text}</li>")
     return (
         f'<figure id="layout-{escape(name)}"><figcaption><h4>{escape(name)}</h4>'
-        f'<p>{escape(layout.description)}</p><p class="quiet">{escape(layout.users)}</p></figcaption>{picture(layout)}'
-        f'<dl class="strides">{strides}</dl><ul class="came">{"".join(came)}</ul></figure>'
+        f'<p>{escape(layout.description)}</p><p class="quiet">{escape(layout.users)}</p></figcaption>'
+        f'{picture(layout)}<dl class="strides">{strides}</dl><ul class="came">{"".join(came)}</ul></figure>'
     )
 
 
