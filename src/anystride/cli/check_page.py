@@ -361,4 +361,5 @@ def _data(reports: Sequence[Report]) -> str:
 
 def _numbers(finding: Finding) -> str:
     copied = f"{finding.copied_bytes / 1e6:.1f} MB copied" if finding.copied_bytes else ""
-    return "; ".join(filter(None, (error_of(finding), copied, f"{finding.seconds:.1f} s")))
+    took = f"{finding.seconds:.1f} s" if finding.seconds >= 0.05 else ""
+    return "; ".join(filter(None, (error_of(finding), copied, took)))
