@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from anystride.cli import catalogue
 from anystride.testing import LAYOUTS
 from anystride.testing.report import Finding, Report, Verdict
 
@@ -46,12 +47,7 @@ READING = (
     "It says refused where every call was refused."
 )
 
-FAMILIES = {
-    "gqa": "K and V of their own (GQA, MQA, MHA)",
-    "mla": "MLA: V is a part of K's row, or the row is given in two parts",
-    "adversarial": "Adversarial: no engine does this, any may",
-    "other": "Not in the catalogue",
-}
+FAMILIES = catalogue.FAMILIES | {"other": "Not in the catalogue"}
 
 
 @dataclass(frozen=True)

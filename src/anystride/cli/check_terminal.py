@@ -115,8 +115,8 @@ def _show_cells(
         while end < len(reports) and used + 2 + widths[end] <= console.width:
             used += 2 + widths[end]
             end += 1
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False,
-                      padding=(0, 2, 0, 0), collapse_padding=True)  # fmt: skip
+        console.print(title, style="bold", highlight=False)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True)
         table.add_column(heading, no_wrap=True, min_width=first)
         for report, width in zip(reports[begin:end], widths[begin:end], strict=True):
             table.add_column(escape(report.title), min_width=width, max_width=width, vertical="bottom")
