@@ -1,11 +1,10 @@
-"""The commands, ``demo``, ``explain``, ``layouts`` and ``env``: they print, the work is done elsewhere."""
+"""The commands of ``anystride``: they print, the work is done elsewhere."""
 
 from __future__ import annotations
 
-import difflib
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import typer
@@ -17,9 +16,11 @@ from rich.table import Table
 import anystride
 from anystride import collect_env
 from anystride.cli import demo as demonstration
+from anystride.cli.asked import stop, the_case, the_device, the_layout
 from anystride.cli.catalogue import list_layouts, show_layout
+from anystride.cli.check import check
 from anystride.cli.drawing import draw
-from anystride.testing import CASES, LAYOUTS, Case, Layout, compatible, find_case, find_layout, make_inputs
+from anystride.testing import LAYOUTS, compatible, find_layout, make_inputs
 from anystride.testing.inputs import cache_shape
 
 __all__ = ["app"]
@@ -59,7 +60,7 @@ def demo(
     """
     began = time.perf_counter()
     picture = out if out.suffix.lower() == ".png" else out / "anystride-demo.png"
-    where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = the_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{where} has no clock here; cpu and cuda have", param_hint="--device")
     size = demonstration.Size.fitting(where)
@@ -85,7 +86,7 @@ def demo(
                 results = list(demonstration.run_scene(scene, size, where, backend, advance))
                 found.append((scene, results))
     except anystride.AnystrideError as error:
-        _stop(str(error))
+        stop(str(error))
     _show_results(console, found)
     picture.parent.mkdir(parents=True, exist_ok=True)
     layouts_shown = [find_layout(scene.layout) for scene, _ in found]
@@ -157,7 +158,7 @@ def explain(
     device: Device = "cpu",
 ) -> None:
     """Tell who would run a case in a layout, who refuses and why, and what must move."""
-    asked, laid, where = _case(case), _layout(layout, "--layout"), _device(device)
+    asked, laid, where = the_case(case), the_layout(layout, "--layout"), the_device(device)
     misfit = compatible(asked, laid)
     if misfit is not None:
         fitting = ", ".join(other.name for other in LAYOUTS.values() if compatible(asked, other) is None)
@@ -172,7 +173,7 @@ def explain(
     try:
         told = anystride.explain(**inputs.kwargs, backend=backend)
     except anystride.AnystrideError as error:
-        _stop(str(error))
+        stop(str(error))
     typer.echo(f"{asked.name} ({asked.source}) in {laid.name} ({laid.description})\n\n{told}")
 
 
@@ -189,7 +190,7 @@ def layouts(
             )
         list_layouts(Console())
         return
-    layout = _layout(name, "NAME")
+    layout = the_layout(name, "NAME")
     if png is None:
         show_layout(Console(), layout)
         return
@@ -198,55 +199,13 @@ def layouts(
     typer.echo(f"{layout.name} is drawn in {png.resolve()}")
 
 
+app.command()(check)
+
+
 @app.command()
 def env() -> None:
     """Print what a bug report needs."""
     typer.echo(collect_env.report())
-
-
-def _layout(name: str, hint: str) -> Layout:
-    try:
-        return find_layout(name)
-    except KeyError:
-        names = [*LAYOUTS, *(other.partition("-")[0] for other in LAYOUTS)]
-        raise typer.BadParameter(
-            f"there is no layout {name!r}; {_near(name, names)}", param_hint=hint
-        ) from None
-
-
-def _case(name: str) -> Case:
-    try:
-        return find_case(name)
-    except KeyError:
-        names = [case.name for case in CASES]
-        raise typer.BadParameter(
-            f"there is no case {name!r}; {_near(name, names)}", param_hint="--case"
-        ) from None
-
-
-def _near(name: str, names: list[str]) -> str:
-    """What somebody who typed ``name`` may have meant; all names, if nothing is near."""
-    plain = {other.lower(): other for other in names}
-    close = [other for other in plain if name.lower() in other]
-    close += difflib.get_close_matches(name.lower(), plain, n=8, cutoff=0.5)
-    found = list(dict.fromkeys(plain[other] for other in close))[:8]
-    return f"near: {', '.join(found)}" if found else f"there are: {', '.join(names)}"
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch has no CUDA
-        first = str(error).partition("\n")[0]
-        raise typer.BadParameter(f"{name!r} cannot be used: {first}", param_hint="--device") from None
-    return device
-
-
-def _stop(message: str) -> NoReturn:
-    """Print an error of the library as it is, and leave with 2."""
-    typer.echo(message, err=True)
-    raise typer.Exit(2)
 
 
 if __name__ == "__main__":

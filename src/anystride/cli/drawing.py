@@ -24,6 +24,7 @@ from anystride.cli.memory_map import (
     Run,
     Stride,
     gaps_of,
+    line_of,
     map_memory,
     sample_shape,
     strides_of,
@@ -118,13 +119,13 @@ class _Panel:
         storage = layout.build(sample_shape(layout))
         found = map_memory(storage)
         k = storage.k_geometry
-        anchor = _line_of(found, k.buffer, k.offset)
+        anchor = line_of(found, k.buffer, k.offset)
         across: list[Stride] = []
         down: list[Stride] = []
         for stride in strides_of(layout, storage):
             if stride.elements in (0, 1):
                 continue
-            same = _line_of(found, k.buffer, k.offset + stride.elements) == anchor
+            same = line_of(found, k.buffer, k.offset + stride.elements) == anchor
             (across if same else down).append(stride)
         across.sort(key=lambda stride: abs(stride.elements))
         return cls(layout, storage, found, tuple(across), tuple(down), anchor)
@@ -274,7 +275,7 @@ class _Panel:
         """Strides that end in another line, at the right of the tape."""
         start, buffer = self.storage.k_geometry.offset, self.storage.k_geometry.buffer
         for column, stride in enumerate(self.down):
-            other = _line_of(self.found, buffer, start + stride.elements)
+            other = line_of(self.found, buffer, start + stride.elements)
             x = RIGHT + 0.15 + 0.2 * column
             ends = [tops[self.anchor] + LINE / 2, tops[other] + LINE / 2]
             for y in ends:
@@ -355,13 +356,6 @@ class _Panel:
             f"A kernel that takes the next block to be block_size * token stride = {assumed:,} elements away "
             f"reads {where}."
         ]
-
-
-def _line_of(found: MemoryMap, buffer: int, element: int) -> int:
-    for index, line in enumerate(found.lines):
-        if line.buffer == buffer and line.begin <= element < line.end:
-            return index
-    raise ValueError(f"element {element} of buffer {buffer} is in no line")
 
 
 def _named(stride: Stride, between: str = " ") -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "Run",
     "Stride",
     "gaps_of",
+    "line_of",
     "map_memory",
     "sample_shape",
     "strides_of",
@@ -281,3 +282,11 @@ def gaps_of(line: Line) -> list[tuple[int, int]]:
     """The stretches of a line that hold nothing: begin and end, in elements of the buffer."""
     edges = [line.begin, *(edge for run in line.runs for edge in (run.begin, run.end)), line.end]
     return [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if begin < end]
+
+
+def line_of(found: MemoryMap, buffer: int, element: int) -> int:
+    """The index of the line in which an element of a buffer is drawn."""
+    for index, line in enumerate(found.lines):
+        if line.buffer == buffer and line.begin <= element < line.end:
+            return index
+    raise ValueError(f"element {element} of buffer {buffer} is in no line")
