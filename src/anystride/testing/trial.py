@@ -158,8 +158,8 @@ class Trials:
         """Bytes of the cache that the kernel copies, as far as its memory grows with the cache; 0 for none.
 
         A workspace is no copy: memory must grow by half of what K, or V, grows by, when the cache gets many
-        more unused blocks, which is asked once of a layout and a form, or when sequences of 8192 tokens become
-        twice as long, which is asked once of a form.
+        more unused blocks, asked once of a layout and a form, or when sequences of 8192 tokens become
+        twice as long, asked once of a form.
         """
         case, form = trial.case, trial.case.form
         row = case.num_kv_heads * max(case.d_qk, case.d_v) * case.torch_k_dtype.itemsize
