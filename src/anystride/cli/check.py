@@ -15,8 +15,8 @@ from anystride.cli.asked import near, the_case, the_device, the_layout
 from anystride.cli.check_page import page
 from anystride.cli.check_terminal import show_reports
 from anystride.testing.choice import exit_code, kernels_asked_for, words
-from anystride.testing.conformance import PROBES
 from anystride.testing.conformance import check as check_kernel
+from anystride.testing.probes import PROBES
 from anystride.testing.report import Finding, Report, load_reports, save_reports
 
 __all__ = ["check"]
@@ -117,7 +117,8 @@ def _typed(text: str, find: Callable[[str], str]) -> list[str] | None:
 
 
 def _the_probe(name: str) -> str:
-    if name not in PROBES:
-        text = f"there is no probe {name!r}; {near(name, list(PROBES))}"
+    names = [probe.name for probe in PROBES]
+    if name not in names:
+        text = f"there is no probe {name!r}; {near(name, names)}"
         raise typer.BadParameter(text, param_hint="--probes")
     return name

@@ -89,7 +89,7 @@ def _show_probes(console: Console, reports: Sequence[Report]) -> None:
 def _show_layouts(console: Console, reports: Sequence[Report]) -> None:
     families = layouts_by_family(reports)
     if families:
-        title = "Layouts: cases of the table, with everything poisoned at once"
+        title = "Layouts: cases of the table, with NaN in its gaps"
         _show_cells(console, title, "layout", families, reports, layout_cell)
 
 
