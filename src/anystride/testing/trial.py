@@ -47,6 +47,10 @@ class LeftOut(Exception):
     """The trial needs what this machine does not have; the message says what."""
 
 
+class _DeviceLost(Exception):
+    """A call that looks for copies broke the device; the message says how."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """What one call asks, in which layout, and with which poisons.
@@ -155,7 +159,11 @@ class Trials:
             return replace(found, verdict=Verdict.WRONG, message=first, where=wrong.where)
         if lse is None and trial.case.lse:
             found = replace(found, message="no lse")
-        copied = self._copied(trial)
+        try:
+            copied = self._copied(trial)
+        except _DeviceLost as why:
+            text = f"right, but with a longer or larger cache of this layout: {why}"
+            return replace(found, verdict=Verdict.CRASHED, message=text)
         if copied:
             text = f"memory grew by {copied:,} bytes with the cache"
             return replace(found, verdict=Verdict.COPIED, message=text, copied_bytes=copied)
@@ -239,7 +247,10 @@ class Trials:
         inputs = replace(trial, case=case).inputs(self.device, spare_blocks=spare_blocks, guard=False)
         try:
             return self._most_bytes(inputs)
-        except Exception:  # it did the case itself, so that this says nothing of copies
+        except Exception as failure:  # it did the case itself, so that this says nothing of copies
+            broken = self._broken()
+            if broken:
+                raise _DeviceLost(broken) from failure
             return 0
 
     def _demand(self, needed: int) -> None:
