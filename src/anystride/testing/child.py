@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from anystride.testing.report import Finding, Verdict
-from anystride.testing.subjects import Subject, facts_of, load
+from anystride.testing.subjects import Subject, demand_name, facts_of, load
 from anystride.testing.trial import Kernel, LeftOut, Trial, Trials
 
 __all__ = ["Child"]
@@ -58,12 +62,14 @@ class Child:
         peers: The folder of peers that are not installed.
 
     Raises:
+        KeyError: No back end and no peer has this name.
         ValueError: The kernel cannot be loaded, or cannot be sent to another process.
     """
 
     def __init__(
         self, kernel: Kernel | str, device: torch.device, timeout: float, peers: Path | None
     ) -> None:
+        demand_name(kernel)
         self._arguments = (kernel, str(device), peers)
         self._timeout = timeout
         self._start()
@@ -72,8 +78,10 @@ class Child:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, *self._arguments), daemon=True)
+        lives_in_main = getattr(self._arguments[0], "__module__", "") == "__main__"
         try:
-            self._process.start()
+            with nullcontext() if lives_in_main else _without_main():
+                self._process.start()
         except (AttributeError, TypeError) as error:  # what pickle says of a function without a name
             raise ValueError(
                 f"the kernel cannot be sent to another process: {error}\n"
@@ -98,7 +106,7 @@ class Child:
             return f"gave no answer within {self._timeout:g} s"
         try:
             return self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # the second, where it died before it read what it was sent
             self._process.join()
             code = self._process.exitcode or 0
             return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
@@ -108,7 +116,8 @@ class Child:
         if not self._process.is_alive():
             self._pipe.close()
             self._start()
-        self._pipe.send(trial)
+        with suppress(ConnectionError):  # it died just now, which the answer tells
+            self._pipe.send(trial)
         answer = self._answer()
         if isinstance(answer, LeftOut):
             raise answer
@@ -123,7 +132,19 @@ class Child:
     def close(self) -> None:
         """End the process."""
         if self._process.is_alive():
-            self._pipe.send(None)
+            with suppress(ConnectionError):
+                self._pipe.send(None)
             self._process.join(10)
             self._process.kill()
         self._pipe.close()
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the program that runs: a process that is spawned would run it once more, or miss its file."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

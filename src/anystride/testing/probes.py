@@ -1,8 +1,10 @@
 """The columns of the conformance table: one thing alone, against a tame call that asks for nothing else.
 
 A tame call has a packed cache without a NaN in it, block ids that are all valid, and one query token of each
-of two sequences. Each probe changes one thing of it, so that a failure has a name. ``lse`` is asked for only
-where it is what is probed, and nothing else is judged there. The column's verdict is the worst of its trials.
+of two sequences, which fill their blocks, and any tile of keys. Each probe changes one thing of it, so that a
+failure has a name. Where the tame call itself fails nothing is claimed, nor of a NaN where the call without
+it fails. ``lse`` is asked for only where it is what is probed, and nothing else is judged there. The
+column's verdict is the worst of its trials.
 """
 
 from __future__ import annotations
@@ -18,19 +20,30 @@ from anystride.testing.trial import Trial
 
 __all__ = ["PROBES", "Probe", "trials_of"]
 
-LENGTHS = (70, 45)
+TAME = (128, 128)  # tokens: whole blocks, and whole tiles of every kernel that is known
+PARTIAL = (150, 70)  # the last block and the last tile are not full
 GQA = Case(
-    "tame-gqa", "a probe", LENGTHS, (1, 1), 8, 2, 128, 128, block_size=16, lse=False, tags=frozenset({"gqa"})
+    "tame-gqa", "a probe", TAME, (1, 1), 8, 2, 128, 128, block_size=16, lse=False, tags=frozenset({"gqa"})
 )
 MLA = Case(
-    "tame-mla", "a probe", (150, 70), (1, 1), 16, 1, 576, 512, "row", 64, lse=False,
+    "tame-mla", "a probe", TAME, (1, 1), 16, 1, 576, 512, "row", 64, lse=False,
     softmax_scale=DEEPSEEK_SCALE, tags=frozenset({"mla"}),
 )  # fmt: skip
 PACKED = {"kv": "G16", "row": "M1"}
 
-HEADS_FIRST = Layout(
-    "probe-heads-first", "a probe", "both have heads before tokens", "B H T D", parts="buffers"
-)
+LONE_TOKEN = Layout(
+    "probe-far-tokens", "a probe", "the tokens of a block lie a whole cache apart, all else is packed",
+    "B T H D", "B T H R", parts="buffers", lone="T",
+)  # fmt: skip
+LONE_TOKEN_MLA = replace(LONE_TOKEN, parts="one")
+LONE_HEAD = Layout(
+    "probe-far-heads", "a probe", "the heads of a token lie a whole cache apart, all else is packed",
+    "B T H D", parts="buffers", lone="H",
+)  # fmt: skip
+HEADS_INNERMOST = Layout(
+    "probe-heads-innermost", "a probe", "the heads' elements side by side, blocks and tokens packed",
+    "B T D H", parts="buffers",
+)  # fmt: skip
 V_HEADS_FIRST = Layout(
     "probe-v-heads-first", "a probe", "V alone has heads before tokens", "B T H D", v_order="B H T D",
     parts="buffers",
@@ -65,6 +78,10 @@ def _named(case: Case, name: str, **changes: Any) -> Case:
     return replace(case, name=f"{case.name}-{name}", **changes)
 
 
+def _partial(case: Case) -> Case:
+    return _named(case, "partial", seqused_k=PARTIAL)
+
+
 def _baseline(case: Case) -> Iterator[Trial]:
     yield _tame(case)
 
@@ -75,17 +92,19 @@ def _page_stride(case: Case) -> Iterator[Trial]:
 
 
 def _token_stride(case: Case) -> Iterator[Trial]:
-    yield _tame(case, "G14" if case.form == "kv" else "A-padded-rows")
+    if case.form == "kv":
+        yield _tame(case, LONE_TOKEN)
+    else:  # in blocks of 16: those of 64 would take much memory
+        yield _tame(_named(case, "block-16", block_size=16), LONE_TOKEN_MLA)
 
 
 def _head_stride(case: Case) -> Iterator[Trial]:
     if case.num_kv_heads > 1:
-        yield _tame(case, HEADS_FIRST)
-        yield _tame(case, "A-padded-rows")
+        yield _tame(case, LONE_HEAD)
 
 
 def _dim_stride(case: Case) -> Iterator[Trial]:
-    yield _tame(case, "A-inner-step-2")
+    yield _tame(case, HEADS_INNERMOST if case.form == "kv" else "A-dim-major")
 
 
 def _unlike(case: Case) -> Iterator[Trial]:
@@ -108,8 +127,9 @@ def _small_blocks(case: Case) -> Iterator[Trial]:
 
 
 def _odd_blocks(case: Case) -> Iterator[Trial]:
-    for size in (3, 48, 528):
-        yield _tame(_named(case, f"block-{size}", block_size=size))
+    for size in (3, 48, 528):  # full ones, so that no tail is to blame
+        lengths = (-(-120 // size) * size,) * 2
+        yield _tame(_named(case, f"block-{size}", block_size=size, seqused_k=lengths))
 
 
 def _padded_pages(case: Case) -> Iterator[Trial]:
@@ -139,15 +159,15 @@ def _strided_table(case: Case) -> Iterator[Trial]:
 
 
 def _garbage_ids(case: Case) -> Iterator[Trial]:
-    yield _tame(case, poisons=("ids",))
+    yield _tame(_partial(case), poisons=("ids",))
 
 
 def _nan_tails(case: Case) -> Iterator[Trial]:
-    yield _tame(case, poisons=("tails",))
+    yield _tame(_partial(case), poisons=("tails",))
 
 
 def _nan_null_block(case: Case) -> Iterator[Trial]:
-    yield _tame(case, poisons=("unused",))
+    yield _tame(_partial(case), poisons=("unused",))
 
 
 def _nan_gaps(case: Case) -> Iterator[Trial]:
@@ -155,12 +175,18 @@ def _nan_gaps(case: Case) -> Iterator[Trial]:
         yield _tame(case, layout, poisons=("gaps",))
 
 
+def _with_empty(case: Case) -> Case:
+    return _named(case, "empty", seqused_k=(128, 0, 128, 0), q_lens=(1,) * 4)
+
+
 def _empty(case: Case) -> Iterator[Trial]:
-    yield _tame(_named(case, "empty", seqused_k=(70, 0, 33, 0), q_lens=(1,) * 4))
+    yield _tame(_with_empty(case))
 
 
 def _padded_q(case: Case) -> Iterator[Trial]:
-    yield _tame(_named(case, "padded-q", padded_q=3))
+    padded = _named(case, "padded-q", padded_q=3)
+    yield _tame(padded)
+    yield _tame(padded, out="packed")
 
 
 def _uneven(case: Case) -> Iterator[Trial]:
@@ -169,6 +195,7 @@ def _uneven(case: Case) -> Iterator[Trial]:
 
 def _stale_out(case: Case) -> Iterator[Trial]:
     yield _tame(case, out="packed")
+    yield _tame(_with_empty(case), out="packed")
 
 
 def _strided_out(case: Case) -> Iterator[Trial]:
@@ -188,7 +215,7 @@ def _several_queries(case: Case) -> Iterator[Trial]:
 
 def _lse(case: Case) -> Iterator[Trial]:
     yield _tame(_named(case, "lse", lse=True), of="lse")
-    yield _tame(_named(case, "lse-empty", lse=True, seqused_k=(70, 0, 33), q_lens=(1,) * 3), of="lse")
+    yield _tame(_named(case, "lse-empty", lse=True, seqused_k=(128, 0, 128), q_lens=(1,) * 3), of="lse")
 
 
 PROBES: tuple[Probe, ...] = (
@@ -228,5 +255,16 @@ PROBES: tuple[Probe, ...] = (
 
 
 def trials_of(probe: Probe) -> list[Trial]:
-    """The trials of a column, of both families."""
-    return [replace(trial, probe=probe.name) for case in (GQA, MLA) for trial in probe.trials(case)]
+    """The trials of a column, of both families, each with the trial without which it says nothing."""
+    return [
+        replace(trial, probe=probe.name, rests_on=_rests_on(trial, _tame(case)))
+        for case in (GQA, MLA)
+        for trial in probe.trials(case)
+    ]
+
+
+def _rests_on(trial: Trial, baseline: Trial) -> Trial | None:
+    """A poisoned trial rests on the same without poison, any other on the baseline, and that on nothing."""
+    if trial == baseline:
+        return None
+    return replace(trial, poisons=frozenset(), rests_on=baseline) if trial.poisons else baseline

@@ -72,6 +72,7 @@ class Layout:
             between K's row and V's. ``same_pointer``: V starts where K does and takes every other
             element.
         huge: The outermost axis reaches beyond 2^31 elements.
+        lone: An axis of which the stride steps over the whole packed buffer: it alone is not packed.
         absurd: Dimensions of size 1 have strides that would leave the address space.
         forms: Which forms of a cache it can hold.
         min_heads: KV heads needed.
@@ -100,6 +101,7 @@ class Layout:
     reversed_row: bool = False
     lookalike: Literal["", "overlap", "gap", "same_pointer"] = ""
     huge: bool = False
+    lone: str = ""
     absurd: bool = False
     forms: tuple[Form, ...] = ("kv", "row", "q_v")
     min_heads: int = 1
@@ -222,6 +224,9 @@ class Layout:
             extent *= sizes[axis]
             if axis in "DCR":
                 extent += self.row_pad_bytes // shape.dtype.itemsize
+        if self.lone:
+            strides[self.lone] = extent
+            extent *= sizes[self.lone]
         if self.huge:  # nothing follows the last element: a buffer of twice 2^31 is not needed
             extent = 1 + sum((sizes[axis] - 1) * strides[axis] for axis in axes)
         return strides, extent

@@ -15,7 +15,7 @@ import anystride
 from anystride.plan import NAMES
 from anystride.testing.trial import Kernel, Prepare
 
-__all__ = ["Subject", "facts_of", "load"]
+__all__ = ["Subject", "demand_name", "facts_of", "load"]
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,27 @@ def load(kernel: Kernel | str, peers: Path | None = None) -> Subject:
         return Subject(kernel, kernel, _version_of(module), found)  # type: ignore[arg-type]
     from anystride.peers import Absent, find_peer
 
+    demand_name(kernel)
+    peer = find_peer(kernel)
     try:
-        peer = find_peer(kernel)
+        return Subject(peer.name, peer.title, peer.load(peers), peer.kernel, prepare=peer.prepare)
+    except Absent as why:
+        return Subject(peer.name, peer.title, "", None, str(why))
+
+
+def demand_name(kernel: Kernel | str) -> None:
+    """Raise KeyError, with all names, for a name that no back end and no peer has; loads nothing."""
+    if not isinstance(kernel, str) or kernel in NAMES or ":" in kernel:
+        return
+    from anystride.peers import find_peer
+
+    try:
+        find_peer(kernel)
     except KeyError as error:
         raise KeyError(
             f"no kernel {kernel!r}: back ends are {', '.join(NAMES)}; {error.args[0]}; "
             "a function of your own is module:function"
         ) from None
-    try:
-        return Subject(peer.name, peer.title, peer.load(peers), peer.kernel, prepare=peer.prepare)
-    except Absent as why:
-        return Subject(peer.name, peer.title, "", None, str(why))
 
 
 def facts_of(device: torch.device) -> tuple[str, dict[str, str]]:

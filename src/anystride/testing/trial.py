@@ -6,14 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anystride.testing.allocations import peak_bytes
 from anystride.testing.cases import Case
-from anystride.testing.inputs import Inputs, make_inputs
+from anystride.testing.inputs import Inputs, Values, make_inputs
 from anystride.testing.judgement import Comparison, compare, plain, reference
 from anystride.testing.recipe import Layout
 from anystride.testing.report import Finding, Verdict
@@ -29,6 +29,18 @@ HUGE_BYTES = 12 << 30  # a layout beyond 2^31 elements takes up to 9 GB, and its
 STALE_BYTES = (1 << 9, 1 << 12, 1 << 15, 1 << 18, 1 << 18, 1 << 20, 1 << 20, 20 << 20)
 LONG = 8192  # tokens: enough for a split of the work to be as fine as it gets
 SOME, MORE = 32, 160  # spare blocks, to see whether a kernel's memory grows with the cache
+
+
+NOT_PROBED = "not probed:"
+
+
+class Answers(NamedTuple):
+    """What is right, and how far plain PyTorch is off: ``reference`` and ``plain`` of a call."""
+
+    out: Tensor
+    lse: Tensor
+    plain_out: Tensor
+    plain_lse: Tensor
 
 
 class LeftOut(Exception):
@@ -48,6 +60,8 @@ class Trial:
         table: Strides of the block table, a key of ``TABLE_RECIPES``.
         out: Strides of a given ``out``, a key of ``ROW_RECIPES``; None leaves it out.
         of: What is judged: everything, or ``lse`` alone.
+        rests_on: What must come out right first. If it does not, this trial is not made: whatever came of it
+            would be blamed on the wrong thing.
     """
 
     case: Case
@@ -58,6 +72,7 @@ class Trial:
     table: str = "packed"
     out: str | None = None
     of: Literal["everything", "lse"] = "everything"
+    rests_on: Trial | None = None
 
     def inputs(self, device: torch.device, **options: Any) -> Inputs:
         """The call, poisoned as asked for."""
@@ -81,16 +96,38 @@ class Trials:
         self.kernel = kernel
         self.device = device
         self._prepare = prepare or (lambda kwargs: lambda: kernel(**kwargs))
-        self._copies: dict[tuple[str, str], int] = {}  # bytes of whole caches, by layout and form
-        self._gathers: dict[str, int] = {}  # bytes of sequences, by form
+        self._ground: dict[Trial, Finding] = {}  # what other trials rest on
+        self._answers: dict[Case, tuple[Values, Answers]] = {}
+        self._copies: dict[tuple[str, str], int] = {}  # bytes of the cache, by layout and form
+        self._gathers: dict[str, int] = {}  # bytes of sequences, by form, in the layout seen first
+        self._least: dict[str, int] = {}  # bytes that a case takes, by its name, in the best layout so far
 
     def find(self, trial: Trial) -> Finding:
         """Make the call and judge it. Raises ``LeftOut``."""
         begin = time.perf_counter()
         if trial.layout.huge:
             self._demand(HUGE_BYTES)
-        finding = self._judged(trial)
+        ground = self._below(trial.rests_on)
+        if ground is None:
+            finding = self._judged(trial)
+        else:
+            finding = Finding(trial.case.name, trial.layout.name, Verdict.REFUSED, message=ground)
         return replace(finding, probe=trial.probe, seconds=time.perf_counter() - begin)
+
+    def _below(self, trial: Trial | None) -> str | None:
+        """Why nothing can be said of what rests on the trial, None if it came out right."""
+        if trial is None:
+            return None
+        if trial not in self._ground:
+            name = "baseline" if trial.rests_on is None else ""
+            self._ground[trial] = replace(self.find(trial), probe=name)
+        found = self._ground[trial]
+        if found.message.startswith(NOT_PROBED):
+            return found.message
+        if found.verdict in (Verdict.OK, Verdict.COPIED):
+            return None
+        what = found.probe or f"without NaN or garbage in {found.layout}"
+        return f"{NOT_PROBED} {what}: {found.verdict.value}: {found.message}"
 
     def _judged(self, trial: Trial) -> Finding:
         found = Finding(trial.case.name, trial.layout.name, Verdict.OK)
@@ -110,7 +147,8 @@ class Trials:
         out, lse = result if isinstance(result, tuple) else (result, None)
         if lse is None and trial.of == "lse":
             return replace(found, verdict=Verdict.REFUSED, message="it returns no lse")
-        wrong = _lse_complaint(inputs, lse) if trial.of == "lse" else _complaint(inputs, out, lse)
+        right = self._answers_of(inputs)
+        wrong = _lse_complaint(lse, right) if trial.of == "lse" else _complaint(inputs, out, lse, right)
         found = replace(found, error=wrong.error, allowed=wrong.allowed)
         if wrong.complaint:
             first = wrong.complaint.partition("\n")[0]
@@ -122,6 +160,14 @@ class Trials:
             text = f"memory grew by {copied:,} bytes with the cache"
             return replace(found, verdict=Verdict.COPIED, message=text, copied_bytes=copied)
         return found
+
+    def _answers_of(self, inputs: Inputs) -> Answers:
+        """The law, once for all layouts that hold the same values."""
+        values, answers = self._answers.get(inputs.case, (None, None))
+        if answers is None or values is None or not _same(values, inputs.values):
+            answers = Answers(*reference(inputs), *plain(inputs))
+            self._answers[inputs.case] = inputs.values, answers
+        return answers
 
     def _call(self, inputs: Inputs) -> Any:
         """What the kernel returns, once it is there."""
@@ -158,29 +204,36 @@ class Trials:
         """Bytes of the cache that the kernel copies, as far as its memory grows with the cache; 0 for none.
 
         A workspace is no copy: memory must grow by half of what K, or V, grows by, when the cache gets many
-        more unused blocks, asked once of a layout and a form, or when sequences of 8192 tokens become
-        twice as long, asked once of a form.
+        more unused blocks, asked once of a layout and a form; or when sequences of 8192 tokens become twice
+        as long, asked once of a form, and of every layout in which a call takes more memory than elsewhere.
         """
+        key = (trial.layout.name, trial.case.form)
+        if key not in self._copies:
+            looked_at = trial.case.paged and not trial.layout.huge
+            self._copies[key] = self._growth(trial) if looked_at else self._gathers.get(trial.case.form, 0)
+        return self._copies[key]
+
+    def _growth(self, trial: Trial) -> int:
+        """Bytes by which the kernel's memory grows with the cache, 0 if that is less than a copy takes."""
         case, form = trial.case, trial.case.form
         row = case.num_kv_heads * max(case.d_qk, case.d_v) * case.torch_k_dtype.itemsize
-        key = (trial.layout.name, form)
-        if key not in self._copies:
-            grows = (
-                case.paged and not trial.layout.huge and self._peak(trial, case) >= sum(case.seqused_k) * row
-            )
-            spare = (MORE - SOME) * case.block_size * row
-            growth = self._peak(trial, case, MORE) - self._peak(trial, case, SOME) if grows else 0
-            self._copies[key] = growth if growth >= spare / 2 else 0
-        if self._copies[key]:
-            return self._copies[key]
-        if form not in self._gathers and not trial.layout.huge:
-            n = min(2, case.batch)
-            once, twice = (
-                self._peak(trial, replace(case, seqused_k=(length,) * n, q_lens=case.q_lens[:n]))
-                for length in (LONG, 2 * LONG)
-            )
-            self._gathers[form] = twice - once if twice - once >= n * LONG * row / 2 else 0
-        return self._gathers.get(form, 0)
+        used = sum(case.seqused_k) * row
+        peak = self._peak(trial, case)
+        if peak >= used:
+            growth = self._peak(trial, case, MORE) - self._peak(trial, case, SOME)
+            if growth >= (MORE - SOME) * case.block_size * row / 2:
+                return growth
+        least = self._least[case.name] = min(peak, self._least.get(case.name, peak))
+        if trial.layout.lone or (form in self._gathers and peak - least < used / 2):
+            return self._gathers.get(form, 0)
+        n = min(2, case.batch)
+        once, twice = (
+            self._peak(trial, replace(case, seqused_k=(length,) * n, q_lens=case.q_lens[:n]))
+            for length in (LONG, 2 * LONG)
+        )
+        growth = twice - once if twice - once >= n * LONG * row / 2 else 0
+        self._gathers.setdefault(form, growth)
+        return growth
 
     def _peak(self, trial: Trial, case: Case, spare_blocks: int = 0) -> int:
         inputs = replace(trial, case=case).inputs(self.device, spare_blocks=spare_blocks, guard=False)
@@ -207,7 +260,11 @@ def _in_short(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {' '.join(lines[:3])}"[:300]
 
 
-def _complaint(inputs: Inputs, out: Any, lse: Any) -> Comparison:
+def _same(a: Values, b: Values) -> bool:
+    return torch.equal(a.k.float(), b.k.float()) and torch.equal(a.v.float(), b.v.float())
+
+
+def _complaint(inputs: Inputs, out: Any, lse: Any, right: Answers) -> Comparison:
     """What is wrong with a result, and how far ``out`` is from the law."""
     q = inputs.kwargs["q"]
     if not isinstance(out, Tensor) or out.dtype != q.dtype or out.device != q.device:
@@ -215,11 +272,11 @@ def _complaint(inputs: Inputs, out: Any, lse: Any) -> Comparison:
         return _plainly(f"out is {kind}, q is {q.dtype} on {q.device}")
     if "out" in inputs.kwargs and out.data_ptr() != inputs.kwargs["out"].data_ptr():
         return _plainly("the given out was not returned")
-    of_out = compare("out", out, plain(inputs)[0], reference(inputs)[0], q.dtype)
+    of_out = compare("out", out, right.plain_out, right.out, q.dtype)
     if of_out.complaint:
         return of_out
     if lse is not None and inputs.case.lse:
-        of_lse = _lse_complaint(inputs, lse)
+        of_lse = _lse_complaint(lse, right)
         if of_lse.complaint:
             return of_lse
     try:
@@ -229,16 +286,15 @@ def _complaint(inputs: Inputs, out: Any, lse: Any) -> Comparison:
     return of_out
 
 
-def _lse_complaint(inputs: Inputs, lse: Any) -> Comparison:
+def _lse_complaint(lse: Any, right: Answers) -> Comparison:
     """What is wrong with an lse, and in which convention it would be right."""
     if not isinstance(lse, Tensor) or lse.dtype != torch.float32:
         return _plainly(f"lse is {lse.dtype if isinstance(lse, Tensor) else type(lse).__name__}")
-    right, plain_lse = reference(inputs)[1], plain(inputs)[1]
-    found = compare("lse", lse, plain_lse, right, torch.float32)
+    found = compare("lse", lse, right.plain_lse, right.lse, torch.float32)
     if not found.complaint:
         return found
-    for text, candidate in _dialects(lse, right.to(lse.device)):
-        if not compare("lse", candidate, plain_lse, right, torch.float32).complaint:
+    for text, candidate in _dialects(lse, right.lse.to(lse.device)):
+        if not compare("lse", candidate, right.plain_lse, right.lse, torch.float32).complaint:
             return found._replace(complaint=f"{text}; {found.complaint}")
     return found
 
