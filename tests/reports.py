@@ -5,15 +5,10 @@ from __future__ import annotations
 from itertools import count
 
 from anystride.testing import LAYOUTS
+from anystride.testing.probes import PROBES
 from anystride.testing.report import Finding, Report, Verdict
 
-PROBES = (
-    "baseline", "page stride", "token stride", "head stride", "last-dim stride", "K and V strides unlike",
-    "64-bit offsets", "small blocks", "odd blocks", "padded pages", "5-D pages", "sliced block table",
-    "table row stride", "garbage ids past the end", "NaN tails", "NaN null block", "NaN in gaps",
-    "empty sequences", "padded graph rows", "uneven lengths", "stale output", "lse convention", "strided q",
-    "several query tokens",
-)  # fmt: skip
+PROBE_NAMES = tuple(probe.name for probe in PROBES)
 CASES = {"gqa": ("llama-3-8b", "qwen-3-moe"), "mla": ("deepseek-v3-h16", "kimi-linear")}
 KERNELS = (
     ("hopper", "hopper"), ("triton", "triton"), ("flash-mla", "FlashMLA"), ("fa3", "FlashAttention 3"),
@@ -22,6 +17,7 @@ KERNELS = (
     ("vllm-triton-mla", "vLLM Triton MLA"), ("flex", "PyTorch FlexAttention"), ("mine:kernel", "mine:kernel"),
 )  # fmt: skip
 HOSTILE = "<script>document.title = 'taken over'</script> & \"quoted\" [bold]no markup[/bold]\n</script><b>x"
+LEFT_OUT = ("A-huge-blocks: <8 GB> are not free",)
 VERSIONS = {"anystride": "0.6.0", "torch": "2.11.0+cu130", "triton": "3.6.0", "CUDA": "13.0"}
 
 
@@ -35,7 +31,7 @@ def hand_made() -> list[Report]:
 def _report(number: int, name: str, title: str) -> Report:
     turn = count(number)
     findings = []
-    for probe in PROBES:
+    for probe in PROBE_NAMES:
         for family in CASES:
             findings.append(_finding(number, next(turn), f"probe-{family}", "packed", probe))
     for layout in LAYOUTS.values():
@@ -43,7 +39,9 @@ def _report(number: int, name: str, title: str) -> Report:
             if layout.family in (family, "both"):
                 for case in cases:
                     findings.append(_finding(number, next(turn), case, layout.name, ""))
-    return Report(name, title, "1.2.3" if number else "", "NVIDIA H200", VERSIONS, tuple(findings))
+    return Report(
+        name, title, "1.2.3" if number else "", "NVIDIA H200", VERSIONS, tuple(findings), left_out=LEFT_OUT
+    )
 
 
 def _finding(number: int, turn: int, case: str, layout: str, probe: str) -> Finding:

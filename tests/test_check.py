@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from reports import HOSTILE, KERNELS, PROBES, hand_made
+from reports import HOSTILE, KERNELS, PROBE_NAMES, hand_made
 from rich.console import Console
 from test_cli import ask
 
@@ -94,17 +94,18 @@ def test_the_terminal_shows_everything_in_100_columns_without_colour() -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert "\x1b" not in text
     told = " ".join(text.split())
-    for word in (*PROBES, *LAYOUTS, *(word for _, title in KERNELS for word in title.split())):
+    for word in (*PROBE_NAMES, *LAYOUTS, *(word for _, title in KERNELS for word in title.split())):
         assert word in told
     assert "A peer that is absent: the package <absent> is not installed; pip install absent" in told
     assert "out[3, 5, 17]: got nan, right 0.12 error 7.00e-01, allowed 8.00e-03" in told
+    assert "Not tried A-huge-blocks: <8 GB> are not free: hopper, triton, FlashMLA, " in told
     assert " ".join(HOSTILE.split()) in told  # no markup is taken from a message
 
 
 def test_a_row_of_the_terminal_has_the_verdicts_of_all_kernels() -> None:
     reports = hand_made()
     text = shown(reports, width=100)
-    for probe in PROBES:
+    for probe in PROBE_NAMES:
         cells = [probe_cell(kernel, probe) for kernel in reports]
         expected = [cell.text for cell in cells if cell]
         rows = re.findall(rf"^{re.escape(probe)}  +(.*)$", text, re.MULTILINE)

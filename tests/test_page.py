@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
-from reports import HOSTILE, KERNELS, PROBES, VERSIONS, hand_made
+from reports import HOSTILE, KERNELS, PROBE_NAMES, VERSIONS, hand_made
 
 from anystride.cli.check_page import page
 from anystride.testing import LAYOUTS
+from anystride.testing.probes import PROBES
 from anystride.testing.report import Finding, Report, Verdict
 
 CHROMIUM = shutil.which("chromium")
@@ -145,9 +146,11 @@ def told_by(tmp_path: Path, width: int, *arguments: str) -> tuple[dict[str, obje
 def test_the_page_is_well_formed_and_says_everything() -> None:
     elements = Elements(the_page())
     assert elements.open == []
-    for word in (*(title for _, title in KERNELS), *PROBES, *LAYOUTS, *VERSIONS.values(), "NVIDIA H200"):
+    for word in (*(title for _, title in KERNELS), *PROBE_NAMES, *LAYOUTS, *VERSIONS.values(), "NVIDIA H200"):
         assert word in elements.text
     assert "the package <absent> is not installed; pip install absent" in elements.text
+    assert f"A-huge-blocks: <8 GB> are not free: {', '.join(title for _, title in KERNELS)}" in elements.text
+    assert all(f"{probe.name} {probe.about}" in elements.text for probe in PROBES)
     assert "out[3, 5, 17]: got nan, right 0.12" in elements.text
     assert "error 7.00e-01, allowed 8.00e-03" in elements.text
 
@@ -235,21 +238,26 @@ def test_a_browser_shows_it_whole(tmp_path: Path, width: int) -> None:
     assert told["overflowing"] == []
     assert told["clipped"] == []
     text = Elements(document).text
-    words = (*(title for _, title in KERNELS), *PROBES, *LAYOUTS, *(verdict.value for verdict in Verdict))
+    words = (
+        *(title for _, title in KERNELS),
+        *PROBE_NAMES,
+        *LAYOUTS,
+        *(verdict.value for verdict in Verdict),
+    )
     assert [word for word in words if word not in text] == []
 
 
 @needs_chromium
 def test_its_script_filters_opens_cells_and_unfolds_for_the_printer(tmp_path: Path) -> None:
     told, _ = told_by(tmp_path, 1280)
-    assert told["rows"] == told["rowsAgain"] == len(PROBES) + len(LAYOUTS)
+    assert told["rows"] == told["rowsAgain"] == len(PROBE_NAMES) + len(LAYOUTS)
     crashed = {
         (f.probe, f.probe or f.layout)
         for r in hand_made()
         for f in r.findings
         if f.verdict.value == "crashed"
     }
-    assert told["crashedRows"] == len(crashed) < len(PROBES) + len(LAYOUTS)
+    assert told["crashedRows"] == len(crashed) < len(PROBE_NAMES) + len(LAYOUTS)
     faded = told["faded"]
     assert isinstance(faded, int)
     assert faded > 0
@@ -257,6 +265,19 @@ def test_its_script_filters_opens_cells_and_unfolds_for_the_printer(tmp_path: Pa
     assert told["closed"]
     assert re.search(r"page stride.*(WRONG|crashed) probe-\w+ in packed", str(told["calls"]), re.DOTALL)
     assert told["folded"] == 0
+
+
+@needs_chromium
+def test_a_table_of_few_kernels_is_not_stretched(tmp_path: Path) -> None:
+    ask = (
+        "<script>document.documentElement.dataset.widths = "
+        'JSON.stringify([...document.querySelectorAll(".cells")].map((table) => table.offsetWidth))</script>'
+    )
+    copy = tmp_path / "asked.html"
+    copy.write_text(page(hand_made()[:2]).replace("</body>", f"{ask}</body>"))
+    widths = json.loads(Elements(chromium(copy, "--dump-dom")).found[0][1]["data-widths"])
+    assert len(widths) == 2
+    assert max(widths) < 640
 
 
 @needs_chromium

@@ -24,6 +24,7 @@ from anystride.cli.check_summary import (
     groups_of,
     layout_cell,
     layouts_by_family,
+    left_out_of,
     place_of,
     probe_cell,
     probes_of,
@@ -31,6 +32,7 @@ from anystride.cli.check_summary import (
     versions_of,
 )
 from anystride.testing import LAYOUTS
+from anystride.testing.probes import PROBES
 from anystride.testing.report import Finding, Report, Verdict
 
 __all__ = ["page"]
@@ -38,7 +40,7 @@ __all__ = ["page"]
 TITLE = "Which kernels can be trusted with a layout"
 ABOUT = (
     "Every kernel got the same calls of paged decode attention: each probe changes one thing, each layout is "
-    "one that an engine uses or may use, with everything poisoned that must not be read. The law is the same "
+    "one that an engine uses or may use, with NaN wherever no row of K or V lies. The law is the same "
     "formula in float64; what may differ from it is what plain PyTorch differs."
 )
 ABOUT_CELLS = f"{READING} The grey part of an ok: the share that was refused. A dot: no call was made there."
@@ -47,8 +49,8 @@ ABOUT_PROBES = (
     "row. A cell opens its calls."
 )
 ABOUT_LAYOUTS = (
-    "Calls of real models in every layout that holds their cache, with gaps, tails, unused blocks and ids "
-    "past the end poisoned at once. A name leads to its picture."
+    "Calls of real models in every layout that holds their cache. Gaps and other layers are NaN; all else "
+    "that may be poisoned has a probe of its own. A name leads to its picture."
 )
 ABOUT_PICTURES = (
     "A small cache in each layout. Memory is one tape, cut into lines, the first element of each at its "
@@ -65,6 +67,7 @@ SECTIONS = {
     "refusals": "Refused",
     "pictures": "Pictures",
 }
+FEW = 6  # kernels, with which a table need not be as wide as the page
 MOST_UNFOLDED = 12  # faults of one kernel; more are folded
 
 
@@ -145,8 +148,15 @@ def _kernels(present: Sequence[Report], absent: Sequence[Report]) -> str:
     return (
         '<h2 id="kernels">Kernels</h2>\n<div class="scroll"><table class="kernels"><thead><tr>'
         f'<th scope="col">kernel</th><th scope="col">version</th>{heads}<th scope="col">share of calls</th>'
-        f"</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>"
+        f"</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>\n{_left_out(present)}"
     )
+
+
+def _left_out(reports: Sequence[Report]) -> str:
+    rows = "".join(
+        f"<li>{escape(why)}: {escape(', '.join(titles))}</li>" for why, titles in left_out_of(reports).items()
+    )
+    return f"<details open><summary>Not tried</summary><ul>{rows}</ul></details>" if rows else ""
 
 
 def _meanings() -> str:
@@ -172,13 +182,18 @@ def _probes(reports: Sequence[Report]) -> str:
     names = probes_of(reports)
     if not names:
         return ""
+    about = {probe.name: probe.about for probe in PROBES}
     rows = [
-        f'<tr data-probe="{escape(name)}"><th scope="row">{escape(name)}</th>'
+        f'<tr data-probe="{escape(name)}"><th scope="row" title="{escape(about.get(name, ""))}">'
+        f"{escape(name)}</th>"
         f"{_cells(reports, name, probe_cell)}</tr>"
         for name in names
     ]
-    return f'<h2 id="probes">Probes: one thing alone</h2>\n<p>{ABOUT_PROBES}</p>\n' + _table(
-        "probe", reports, rows
+    named = "".join(f"<dt>{escape(n)}</dt><dd>{escape(about[n])}</dd>" for n in names if n in about)
+    return (
+        f'<h2 id="probes">Probes: one thing alone</h2>\n<p>{ABOUT_PROBES}</p>\n'
+        f"{_table('probe', reports, rows)}\n<details><summary>What a kernel does that fails a probe</summary>"
+        f'<dl class="abouts">{named}</dl></details>'
     )
 
 
@@ -203,13 +218,14 @@ def _layouts(reports: Sequence[Report], families: dict[str, list[str]]) -> str:
 
 
 def _table(heading: str, reports: Sequence[Report], rows: Iterable[str]) -> str:
+    few = " few" if len(reports) <= FEW else ""
     heads = "".join(
         f'<th scope="col">{escape(report.title)}'
         f"{f'<small>{escape(report.version)}</small>' if report.version else ''}</th>"
         for report in reports
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{heading}s and kernels">'
+        f'<div class="scroll{few}" tabindex="0" role="region" aria-label="{heading}s and kernels">'
         f'<table class="cells"><thead><tr><th scope="col">{heading}</th>{heads}</tr></thead>\n<tbody>\n'
         + "\n".join(rows)
         + "\n</tbody></table></div>"

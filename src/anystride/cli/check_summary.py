@@ -24,6 +24,7 @@ __all__ = [
     "groups_of",
     "layout_cell",
     "layouts_by_family",
+    "left_out_of",
     "place_of",
     "probe_cell",
     "probes_of",
@@ -173,6 +174,15 @@ def error_of(finding: Finding) -> str:
         return ""
     allowed = "" if finding.allowed is None else f", allowed {finding.allowed:.2e}"
     return f"error {finding.error:.2e}{allowed}"
+
+
+def left_out_of(reports: Iterable[Report]) -> dict[str, list[str]]:
+    """What was not tried and why, with the kernels with which it was not."""
+    found: dict[str, list[str]] = {}
+    for report in reports:
+        for why in report.left_out:
+            found.setdefault(why, []).append(report.title)
+    return found
 
 
 def sentence(report: Report) -> str:

@@ -22,6 +22,7 @@ from anystride.cli.check_summary import (
     groups_of,
     layout_cell,
     layouts_by_family,
+    left_out_of,
     place_of,
     probe_cell,
     probes_of,
@@ -44,7 +45,7 @@ MOST_PLACES = 6  # of a refusal that are named
 
 
 def show_reports(console: Console, reports: Sequence[Report]) -> None:
-    """Print everything: versions, both tables, what was wrong, what was refused, who is absent."""
+    """Print everything: versions, both tables, what was wrong, refused, not tried, and who is absent."""
     present, absent = split(reports)
     for name, versions in versions_of(present).items():
         console.print(f"{name:<10} {', '.join(versions)}", highlight=False, markup=False)
@@ -56,6 +57,11 @@ def show_reports(console: Console, reports: Sequence[Report]) -> None:
         _show_layouts(console, present)
         _show_faults(console, present)
         _show_refusals(console, present)
+    left_out = left_out_of(present)
+    if left_out:
+        console.print("Not tried", style="bold")
+    for why, titles in left_out.items():
+        console.print(indent(f"{why}: {', '.join(titles)}", "  "), highlight=False, markup=False)
     if absent:
         console.print("Absent", style="bold")
         for report in absent:
@@ -133,7 +139,7 @@ def _show_cells(
         console.print()
     for family in rows:
         if family:
-            console.print(f"{family}: {FAMILIES[family]}", highlight=False)
+            console.print(FAMILIES[family], highlight=False)
     console.print()
 
 

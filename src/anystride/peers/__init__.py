@@ -12,6 +12,7 @@ from anystride.peers.flash_attn import FLASH_ATTN_3
 from anystride.peers.flash_mla import FLASH_MLA
 from anystride.peers.flashinfer import FLASHINFER_DECODE, FLASHINFER_FA2, FLASHINFER_FA3
 from anystride.peers.flex_attention import FLEX_ATTENTION
+from anystride.peers.gathered_sdpa import GATHERED_SDPA
 from anystride.peers.peer import Absent, Peer, Refused
 from anystride.peers.vllm_triton import VLLM_TRITON_DECODE, VLLM_TRITON_UNIFIED
 
@@ -26,6 +27,7 @@ PEERS: tuple[Peer, ...] = (
     VLLM_TRITON_DECODE,
     VLLM_TRITON_UNIFIED,
     FLEX_ATTENTION,
+    GATHERED_SDPA,
 )
 
 

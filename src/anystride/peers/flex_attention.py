@@ -38,7 +38,7 @@ def _compiled(device_type: str) -> Any:
 
 def _prepare(kwargs: dict[str, Any]) -> Call:
     from torch.nn.attention.experimental._paged_attention import PagedAttention
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
     refuse_but(kwargs, "window_size", "softcap")
     q, k, v = kwargs["q"], four_dims(kwargs["k"], "k"), four_dims(kwargs["v"], "v")
@@ -80,7 +80,7 @@ def _prepare(kwargs: dict[str, Any]) -> Call:
     mask = pages.convert_logical_block_mask(logical)
     score_mod = pages.get_score_mod(capped) if cap else None
     queries = q[: batch * count].unflatten(0, (batch, count)).transpose(1, 2)
-    wants_lse = bool(kwargs.get("return_softmax_lse"))
+    aux = AuxRequest(lse=True) if kwargs.get("return_softmax_lse") else None
     attend = _compiled(device.type)
 
     def run() -> tuple[Tensor, Tensor | None]:
@@ -90,9 +90,9 @@ def _prepare(kwargs: dict[str, Any]) -> Call:
         ]
         result = attend(
             queries, *one_sequence, score_mod, mask, kwargs["softmax_scale"],
-            enable_gqa=q.shape[1] != k.shape[2], return_lse=wants_lse,
+            enable_gqa=q.shape[1] != k.shape[2], return_aux=aux,
         )  # fmt: skip
-        out, lse = result if wants_lse else (result, None)
+        out, lse = (result, None) if aux is None else (result[0], result[1].lse)
         out = whole(out.transpose(1, 2).flatten(0, 1), q.shape[0])
         return out, None if lse is None else whole(lse.transpose(1, 2).flatten(0, 1), q.shape[0]).t()
 

@@ -86,7 +86,8 @@ def _sum(report: Report) -> str:
     if report.absent:
         return f"absent: {report.absent}"
     counts = {verdict: sum(f.verdict is verdict for f in report.findings) for verdict in reversed(Verdict)}
-    return ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count) or "no call"
+    told = [f"{count} {verdict.value}" for verdict, count in counts.items() if count] or ["no call"]
+    return ", ".join((*told, *(f"not tried: {why}" for why in report.left_out)))
 
 
 def _say(text: str) -> None:

@@ -27,7 +27,7 @@ Prepare = Callable[[dict[str, Any]], Callable[[], Any]]
 
 HUGE_BYTES = 12 << 30  # a layout beyond 2^31 elements takes up to 9 GB, and its checks some more
 STALE_BYTES = (1 << 9, 1 << 12, 1 << 15, 1 << 18, 1 << 18, 1 << 20, 1 << 20, 20 << 20)
-LONG = 8192  # tokens: enough for a split of the work to be as fine as it gets
+LONG, LONG_ON_CPU = 8192, 1024  # tokens: enough for a split of the work to be as fine as it gets
 SOME, MORE = 32, 160  # spare blocks, to see whether a kernel's memory grows with the cache
 
 
@@ -235,11 +235,12 @@ class Trials:
         if trial.layout.lone or (form in self._gathers and peak - least < used / 2):
             return self._gathers.get(form, 0)
         n = min(2, case.batch)
+        tokens = LONG if self.device.type == "cuda" else LONG_ON_CPU
         once, twice = (
             self._peak(trial, replace(case, seqused_k=(length,) * n, q_lens=case.q_lens[:n]))
-            for length in (LONG, 2 * LONG)
+            for length in (tokens, 2 * tokens)
         )
-        growth = twice - once if twice - once >= n * LONG * row / 2 else 0
+        growth = twice - once if twice - once >= n * tokens * row / 2 else 0
         self._gathers.setdefault(form, growth)
         return growth
 
