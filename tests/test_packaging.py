@@ -49,6 +49,7 @@ OTHERS = {
         "anystride.peers",
         "anystride.bench",
     ),
+    "pytest": ("anystride.testing.pytest_items",),
     "rich": ("anystride.cli",),
     "typer": ("anystride.cli",),
     "matplotlib": ("anystride.cli",),
