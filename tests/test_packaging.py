@@ -34,6 +34,7 @@ ROOMS = (
     ("anystride.ops", "anystride.explanation"),
     ("anystride.api", "anystride.cache"),
     ("anystride",),
+    ("anystride.distributed",),
     ("anystride.testing", "anystride.collect_env"),
     ("anystride.cli",),
 )
