@@ -13,6 +13,7 @@ query heads of its own: they are gathered first. Works with NCCL on GPUs and wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 from anystride import __version__, flash_attn_varlen_func, get_scheduler_metadata, memory
 from anystride.errors import Fault, InvalidInputError
 from anystride.merge import merge
-from anystride.problem import Faults, in_words
+from anystride.plan import backend_named
+from anystride.problem import Q_DTYPES, Faults, in_words
 
 __all__ = ["ShardedDecode", "shard_lengths"]
 
@@ -151,7 +153,7 @@ class ShardedDecode:
             InvalidInputError, UnsupportedError: On this rank. The others wait for it in their collective
                 until the group's timeout ends them: treat it as fatal, as every error between collectives.
         """
-        self._check_call(q, k, v, q_v, local)
+        self._check_call(q, k, v, q_v, s_aux, out, local)
         masked = self._masked(max_seqlen_q, local.get("alibi_slopes"))
         positions = self._positions(cp_tot_seqused_k, shard_starts) if masked else {}
         if self.gather_heads:
@@ -164,10 +166,8 @@ class ShardedDecode:
         )  # fmt: skip
         partial_lse.copy_(lse)
         outs, lses = self._exchange(send, q.shape[0])
-        merged, merged_lse = merge(outs, lses, s_aux)
-        if out is not None:
-            merged = out.copy_(merged)
-        return (merged, merged_lse) if return_softmax_lse else merged
+        out, lse = _merged(outs, lses, s_aux, out)
+        return (out, lse) if return_softmax_lse else out
 
     def scheduler_metadata(
         self,
@@ -197,7 +197,16 @@ class ShardedDecode:
             causal=self.causal and max_seqlen_q > 1,
         )  # fmt: skip
 
-    def _check_call(self, q: Tensor, k: Tensor, v: Tensor, q_v: Tensor | None, local: dict[str, Any]) -> None:
+    def _check_call(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_v: Tensor | None,
+        s_aux: Tensor | None,
+        out: Tensor | None,
+        local: dict[str, Any],
+    ) -> None:
         """What would break a collective, or the agreement, is found before the first collective."""
         faults = Faults()
         wanted = (self.num_q_heads, self.d_qk)
@@ -220,12 +229,18 @@ class ShardedDecode:
             "q_v = None" if q_v is None else f"q_v {in_words(q_v)}",
             form,
         )
-        if q_v is not None:
+        rows = (*q.shape[:2], self.d_v)
+        for name, tensor, shape, dtypes in (
+            ("q_v", q_v, rows, (self.dtype,)),
+            ("out", out, rows, (self.dtype,)),
+            ("s_aux", s_aux, q.shape[1:2], (torch.float32, *Q_DTYPES)),
+        ):
             faults.need(
-                q_v.shape == (*q.shape[:2], self.d_v) and q_v.dtype == self.dtype,
-                "q_v must be [total_q, num_q_heads, d_v] in the dtype of q.",
-                in_words(q_v),
-                f"{self.dtype} {[*q.shape[:2], self.d_v]}",
+                tensor is None
+                or (tensor.shape == shape and tensor.dtype in dtypes and tensor.device == q.device),
+                f"{name} must fit q.",
+                "" if tensor is None else in_words(tensor),
+                f"{' or '.join(map(str, dtypes))} {list(shape)} on {q.device}",
             )
         for name in sorted(local.keys() & {*self.facts, *COMPUTED}):
             faults.need(
@@ -345,6 +360,27 @@ def _head_bytes(total_q: int, d_v: int, dtype: torch.dtype) -> int:
 def _rounded(size: int) -> int:
     """Up to 16 bytes, so that rows of every head can be moved 16 bytes at a time."""
     return -(-size // 16) * 16
+
+
+def _merged(outs: Tensor, lses: Tensor, s_aux: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The merged rows, in ``out`` if it is given."""
+    if _merges_in_triton(outs.device):
+        if out is None:
+            out = memory.allocate(tuple(outs.shape[1:]), outs.dtype, outs.device)
+        lse = memory.allocate(tuple(lses.shape[1:]), lses.dtype, lses.device)
+        backend_named("triton_merge").run(outs, lses, s_aux, out, lse)
+        return out, lse
+    merged, lse = merge(outs, lses, s_aux)
+    return (merged if out is None else out.copy_(merged)), lse
+
+
+@cache
+def _merges_in_triton(device: torch.device) -> bool:
+    """Whether one kernel merges, in place of a dozen of PyTorch's."""
+    if device.type == "cpu":
+        return False
+    backend = backend_named("triton_merge")
+    return backend is not None and not backend.refusals(device)
 
 
 def _missing(total: Tensor | None, starts: Tensor | None, cp_interleave: int | None) -> Fault:
