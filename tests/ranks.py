@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -80,6 +81,7 @@ class Ranks:
 
 def _serve(rank: int, count: int, place: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error")  # as pytest does in its own process
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the name of a machine may resolve to nothing
     patience = timedelta(seconds=PATIENCE / 2)
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=count, timeout=patience)

@@ -28,6 +28,9 @@ from anystride.problem import Q_DTYPES, Faults, in_words
 
 __all__ = ["ShardedDecode", "shard_lengths"]
 
+# The same under its new name: torch 2.13 warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # A shard is one run of tokens where no shard is as long as the interleave: positions within it are those of
 # rank 0 of 2, and the length over all ranks, less the shard's start, says where the queries stand.
 WHOLE_SHARD = 1 << 29  # tokens; twice as many are still an int32
@@ -289,7 +292,7 @@ class ShardedDecode:
         if q_v is not None:
             own[..., d_qk:].copy_(q_v.transpose(0, 1))
         gathered = memory.allocate((self.world_size * heads, total_q, width), q.dtype, q.device)
-        dist.all_gather_into_tensor(gathered.view(torch.uint8), own.view(torch.uint8), self.group)
+        _all_gather(gathered.view(torch.uint8), own.view(torch.uint8), self.group)
         rows = gathered.transpose(0, 1)
         return rows[..., :d_qk], None if q_v is None else rows[..., d_qk:]
 
@@ -319,7 +322,7 @@ class ShardedDecode:
         if self.gather_heads:
             dist.all_to_all_single(to, come_from, group=self.group)
         else:
-            dist.all_gather_into_tensor(to, come_from, self.group)
+            _all_gather(to, come_from, self.group)
         return self._views(received, total_q)
 
 
