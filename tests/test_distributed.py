@@ -6,8 +6,13 @@ one rank. ``multi_gpu.py`` does the same with NCCL, where there are several GPUs
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,3 +237,20 @@ def test_without_a_process_group_the_message_says_how_to_make_one() -> None:
     with pytest.raises(InvalidInputError, match="there is no process group") as refusal:
         ShardedDecode(**construction(GQA))
     assert "init_process_group" in str(refusal.value)
+
+
+@pytest.mark.parametrize("options", [(), ("--ranks", "4", "--interleave", "16")], ids=["2", "4"])
+def test_the_example_decodes_as_over_a_whole_cache(options: tuple[str, ...]) -> None:
+    script = Path(__file__).parents[1] / "examples" / "sharded_decode.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-W", "error", str(script), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stdout.splitlines()
+    assert first == "5 steps, sequences of [55, 12, 5] tokens"
+    found = [re.fullmatch(r"rank \d holds \[(.+)\] of them; off by (.+) roundings at most", x) for x in lines]
+    held = [[int(n) for n in match[1].split(", ")] for match in found if match]
+    assert [sum(tokens) for tokens in zip(*held, strict=True)] == [55, 12, 5]
+    assert len(held) == (int(options[1]) if options else 2)
+    # Each of the two results may be off by three, as checks.py has it for float32.
+    assert all(float(match[2]) <= 2 * 3 for match in found if match)
