@@ -178,7 +178,6 @@ class ShardedDecode:
         max_seqlen_q: int,
         max_seqlen_k: int,
         cu_seqlens_q: Tensor | None = None,
-        page_size: int | None = None,
     ) -> Tensor:
         """Share out the work of a step on this rank, once for all layers; not a collective.
 
@@ -188,7 +187,6 @@ class ShardedDecode:
         Args:
             seqused_k: ``[batch]`` int32: tokens on this rank, as in the calls.
             max_seqlen_q, max_seqlen_k, cu_seqlens_q: As in the calls.
-            page_size: The block size.
 
         Returns:
             int32, for the ``scheduler_metadata`` of calls.
@@ -196,8 +194,7 @@ class ShardedDecode:
         heads = self.num_q_heads * (self.world_size if self.gather_heads else 1)
         return get_scheduler_metadata(
             seqused_k.shape[0], max_seqlen_q, max_seqlen_k, heads, self.num_kv_heads, self.d_qk, seqused_k,
-            self.dtype, self.d_v, cu_seqlens_q, page_size=page_size,
-            causal=self.causal and max_seqlen_q > 1,
+            self.dtype, self.d_v, cu_seqlens_q, causal=self.causal and max_seqlen_q > 1,
         )  # fmt: skip
 
     def _check_call(
