@@ -28,8 +28,8 @@ from anystride.problem import Q_DTYPES, Faults, in_words
 
 __all__ = ["ShardedDecode", "shard_lengths"]
 
-# The same under its new name: torch 2.13 warns of the old one.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Under its new name, if it has one: torch 2.13 warns of the old one. A torch without gloo and NCCL has neither.
+_all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
 # A shard is one run of tokens where no shard is as long as the interleave: positions within it are those of
 # rank 0 of 2, and the length over all ranks, less the shard's start, says where the queries stand.
