@@ -28,7 +28,7 @@ from anystride.problem import Q_DTYPES, Faults, in_words
 
 __all__ = ["ShardedDecode", "shard_lengths"]
 
-# Under its new name, if it has one: torch 2.13 warns of the old one. A torch without gloo and NCCL has neither.
+# Under its new name, if it has one: torch 2.13 warns of the old one. A torch without collectives has neither.
 _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
 # A shard is one run of tokens where no shard is as long as the interleave: positions within it are those of
