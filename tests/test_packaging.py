@@ -15,6 +15,7 @@ import pytest
 
 import anystride
 import anystride.cache
+import anystride.distributed
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "anystride"
@@ -34,7 +35,7 @@ ROOMS = (
     ("anystride.ops", "anystride.explanation"),
     ("anystride.api", "anystride.cache"),
     ("anystride",),
-    ("anystride.peers", "anystride.collect_env"),
+    ("anystride.distributed", "anystride.peers", "anystride.collect_env"),
     ("anystride.testing",),
     ("anystride.bench",),
     ("anystride.cli",),
@@ -224,6 +225,7 @@ def test_the_version_is_written_in_one_place() -> None:
 
 PUBLIC = [name for name in anystride.__all__ if name != "__version__"]
 PUBLIC += [f"cache.{name}" for name in anystride.cache.__all__]
+PUBLIC += [f"distributed.{name}" for name in anystride.distributed.__all__]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
