@@ -1,7 +1,7 @@
 """What the tests of the adapters share: poisoned caches, and the attention of one sequence, written out.
 
-Each test states from ``one_sequence`` what its original is documented to do, in the original's shapes and dialect,
-and calls the statement twice: in float64 for the answer, in the dtype of ``q`` for the tolerance.
+Each test states from ``one_sequence`` what its original is documented to do, in the original's shapes and
+dialect, and calls the statement twice: in float64 for the answer, in the dtype of ``q`` for the tolerance.
 """
 
 from __future__ import annotations
@@ -37,34 +37,29 @@ WHERE = [
 ]
 
 
+MODEL: dict[str, Any] = {"seqused_k": (0, 5, 700), "num_q_heads": 16}
+MLA_MODEL = MODEL | {"d_qk": 576, "d_v": 512, "block_size": 64}
+GQA_MODEL = MODEL | {"d_qk": 128, "d_v": 128, "block_size": 16}
+
+
 def mla_inputs(where: tuple[str, bool], layout: str, **changes: Any) -> Inputs:
     """MLA rows, an empty sequence among others; one query token each unless ``changes`` say otherwise."""
-    device, of_model = where
-    if of_model:
-        changes = {
-            "seqused_k": (0, 5, 700),
-            "num_q_heads": 16,
-            "d_qk": 576,
-            "d_v": 512,
-            "block_size": 64,
-        } | changes
-    case = replace(find_case("tiny-row"), **({"name": "mla", "q_lens": (1, 1, 1), "causal": False} | changes))
-    return make_inputs(case, find_layout(layout), device, rows="padded_rows", table="columns_of_wider")
+    return _inputs("tiny-row", where, layout, MLA_MODEL, changes)
 
 
 def gqa_inputs(where: tuple[str, bool], layout: str, **changes: Any) -> Inputs:
-    """K and V of two heads, an empty sequence among others; one query token each, or what ``changes`` say."""
-    device, of_model = where
-    if of_model:
-        changes = {
-            "seqused_k": (0, 5, 700),
-            "num_q_heads": 16,
-            "d_qk": 128,
-            "d_v": 128,
-            "block_size": 16,
-        } | changes
-    case = replace(find_case("tiny-gqa"), **({"name": "gqa", "q_lens": (1, 1, 1), "causal": False} | changes))
-    return make_inputs(case, find_layout(layout), device, rows="padded_rows", table="columns_of_wider")
+    """K and V of two heads, an empty sequence among others; one query token each, or as ``changes`` say."""
+    return _inputs("tiny-gqa", where, layout, GQA_MODEL, changes)
+
+
+def _inputs(
+    case: str, where: tuple[str, bool], layout: str, of_model: dict[str, Any], changes: dict[str, Any]
+) -> Inputs:
+    device, is_model = where
+    facts: dict[str, Any] = {"name": f"{case}-original", "q_lens": (1, 1, 1), "causal": False}
+    facts |= (of_model if is_model else {}) | changes
+    asked = replace(find_case(case), **facts)
+    return make_inputs(asked, find_layout(layout), device, rows="padded_rows", table="columns_of_wider")
 
 
 def one_sequence(
@@ -78,11 +73,11 @@ def one_sequence(
     window_left: int = -1,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of ``q [n, heads, d]`` over ``k [length, kv_heads, d]`` and ``v``, all of one sequence.
+    """Softmax attention of one sequence: ``q [n, heads, d]`` over ``k [length, kv_heads, d]`` and ``v``.
 
     Returns:
-        ``out [n, heads, d_v]`` and the natural ``lse [n, heads]``, both in ``dtype``: 0 and -inf where nothing
-        is seen.
+        ``out [n, heads, d_v]`` and the natural ``lse [n, heads]``, both in ``dtype``: 0 and -inf where a
+        token sees nothing.
     """
     q, k, v = (x.to(dtype) for x in (q, k, v))
     n, heads, length = q.shape[0], q.shape[1], k.shape[0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +17,8 @@ from originals import (
     mla_inputs,
     never_waits,
     one_sequence,
+    sequences,
 )
-from originals import sequences
 from torch import Tensor
 
 from anystride import InvalidInputError, UnsupportedError
@@ -148,3 +151,11 @@ def test_several_refusals_come_together() -> None:
 def test_a_wrong_call_is_told_so(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         flash_mla_with_kvcache(**(arguments(mla_inputs(("cpu", False), "M1")) | change))
+
+
+def test_the_example_decodes_as_plain_pytorch_does() -> None:
+    script = Path(__file__).parents[1] / "examples" / "flash_mla_drop_in.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a layer's cache: [24, 16, 1, 576], strides (36864, 576, 576, 1)" in done.stdout

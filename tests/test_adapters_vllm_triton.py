@@ -51,12 +51,11 @@ def call(inputs: Inputs, lse_dtype: torch.dtype = torch.float32, **more: Any) ->
         "num_kv_splits": SPLITS,
         "page_size": case.block_size,
     }
-    logits = q.new_full(
-        (case.batch, case.num_q_heads, SPLITS, case.d_v + 1), float("nan"), dtype=torch.float32
-    )
+    size = (case.batch, case.num_q_heads, SPLITS, case.d_v + 1)
+    logits = q.new_full(size, float("nan"), dtype=torch.float32)
     decode_attention_fwd(
-        q=q, o=o, lse=lse, req_to_token=given["block_table"], b_seq_len=given["seqused_k"], attn_logits=logits,
-        sm_scale=SCALE, **(buffers | more),
+        q=q, o=o, lse=lse, req_to_token=given["block_table"], b_seq_len=given["seqused_k"],
+        attn_logits=logits, sm_scale=SCALE, **(buffers | more),
     )  # fmt: skip
     assert logits.isnan().all()
     return o, lse
@@ -85,7 +84,7 @@ def test_mla_is_as_documented_in_every_layout(where: tuple[str, bool], layout: s
 @pytest.mark.parametrize("where", WHERE[:2])
 def test_pages_may_lie_in_the_dimension_of_tokens(where: tuple[str, bool]) -> None:
     inputs = gqa_inputs(where, "G16")
-    flat = {name: inputs.kwargs[name[0]].flatten(0, 1) for name in ("k_buffer", "v_buffer")}
+    flat: dict[str, Any] = {name: inputs.kwargs[name[0]].flatten(0, 1) for name in ("k_buffer", "v_buffer")}
     assert flat["k_buffer"].data_ptr() == inputs.kwargs["k"].data_ptr()
     assert all(torch.equal(a, b) for a, b in zip(call(inputs, **flat), call(inputs), strict=True))
 
@@ -100,7 +99,10 @@ def test_the_logit_cap_and_an_lse_in_bfloat16(where: tuple[str, bool]) -> None:
 @pytest.mark.parametrize("where", WHERE[:2])
 def test_scales_count_for_fp8_caches_only(where: tuple[str, bool]) -> None:
     device = where[0]
-    scales = {"k_scale": torch.tensor(0.5, device=device), "v_scale": torch.tensor([1.5], device=device)}
+    scales: dict[str, Any] = {
+        "k_scale": torch.tensor(0.5, device=device),
+        "v_scale": torch.tensor([1.5], device=device),
+    }
     fp8 = gqa_inputs(where, "G2", kv_dtype="float8_e4m3fn")
     assert_as_stated(lambda d: stated(fp8, d, factors=(0.5, 1.5)), *call(fp8, **scales), torch.bfloat16)
     row = mla_inputs(where, "M14", kv_dtype="float8_e4m3fn")  # V is K's row, and so is its scale
@@ -129,6 +131,8 @@ def test_a_page_size_that_is_not_the_buffers_is_told() -> None:
     inputs = gqa_inputs(("cpu", False), "G16")
     with pytest.raises(InvalidInputError, match="page_size must be that of k_buffer"):
         call(inputs, page_size=1)
-    flat = {name: inputs.kwargs[name[0]].flatten(0, 1)[:-1] for name in ("k_buffer", "v_buffer")}
+    flat: dict[str, Any] = {
+        name: inputs.kwargs[name[0]].flatten(0, 1)[:-1] for name in ("k_buffer", "v_buffer")
+    }
     with pytest.raises(InvalidInputError, match="k_buffer must hold whole pages"):
         call(inputs, **flat)

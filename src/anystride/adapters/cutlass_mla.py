@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from anystride import flash_attn_varlen_func
-from anystride.adapters.translation import demand, query_starts
+from anystride.adapters.translation import invalid, query_starts
 
 __all__ = [
     "cutlass_mla_decode",
@@ -87,17 +87,18 @@ def sm100_cutlass_mla_decode(
         InvalidInputError, UnsupportedError: As :func:`anystride.flash_attn_varlen_func`.
     """
     num_heads = q_nope.shape[1]
-    fits = out.dim() == 3 and out.shape[1] >= num_heads
-    demand(
-        "sm100_cutlass_mla_decode",
-        fits and (lse.numel() == 0 or (lse.dim() == 2 and lse.shape[1] >= num_heads)),
-        "out and lse must have a place for every query head.",
-        f"out {list(out.shape)}, lse {list(lse.shape)}",
-        f"[{q_nope.shape[0]}, {num_heads} or more, {q_nope.shape[2]}] and [{q_nope.shape[0]}, the same], "
-        "or an lse without elements",
-    )
-    place = out[:, :num_heads]
     wants_lse = lse.numel() > 0
+    short_out = out.dim() != 3 or out.shape[1] < num_heads
+    short_lse = wants_lse and (lse.dim() != 2 or lse.shape[1] < num_heads)
+    if short_out or short_lse:
+        raise invalid(
+            "sm100_cutlass_mla_decode",
+            "out and lse must have a place for every query head.",
+            f"out {list(out.shape)}, lse {list(lse.shape)}",
+            f"[{q_nope.shape[0]}, {num_heads} or more, {q_nope.shape[2]}] and [{q_nope.shape[0]}, the same], "
+            "or an lse without elements",
+        )
+    place = out[:, :num_heads]
     written = place if out.dtype == q_nope.dtype else None
     result, result_lse = _decode(
         q_nope, q_pe, kv_c_and_k_pe_cache, seq_lens, page_table, scale, written, wants_lse

@@ -2,8 +2,8 @@
 
     from anystride.adapters.flash_attn import flash_attn_with_kvcache, get_scheduler_metadata
 
-The original runs on sm_90 and wants a last stride of 1 and certain combinations of dimensions. Here any strides
-and dimensions go. Rotary embedding, left padding and chunks are not here: rotate before the call.
+The original runs on sm_90, and wants a last stride of 1 and certain combinations of dimensions. Here any
+strides and dimensions go. Rotary embedding, left padding and chunks are not here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import anystride
 from anystride import flash_attn_varlen_func
-from anystride.adapters.translation import Refusal, demand, query_starts, refuse
+from anystride.adapters.translation import Refusal, invalid, query_starts, refuse
 from anystride.cache import store_kv
 
 __all__ = ["flash_attn_with_kvcache", "get_scheduler_metadata"]
@@ -145,13 +145,14 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new=cu_seqlens_k_new,
         attention_chunk=attention_chunk,
     )
-    demand(
-        OPERATION,
-        q.dim() == (4 if cu_seqlens_q is None else 3) and (cu_seqlens_q is None or max_seqlen_q is not None),
-        "q must be a batch, or rows with cu_seqlens_q and max_seqlen_q.",
-        f"q {list(q.shape)}, cu_seqlens_q is {type(cu_seqlens_q).__name__}, max_seqlen_q = {max_seqlen_q}",
-        "[batch, seqlen_q, num_q_heads, d_qk], or [total_q, num_q_heads, d_qk] and both",
-    )
+    ragged = cu_seqlens_q is not None
+    if q.dim() != (3 if ragged else 4) or (ragged and max_seqlen_q is None):
+        raise invalid(
+            OPERATION,
+            "q must be a batch, or rows with cu_seqlens_q and max_seqlen_q.",
+            f"q {list(q.shape)}, {'a' if ragged else 'no'} cu_seqlens_q, max_seqlen_q = {max_seqlen_q}",
+            "[batch, seqlen_q, num_q_heads, d_qk], or [total_q, num_q_heads, d_qk] and both",
+        )
     if cu_seqlens_q is None:
         batch, query_len = q.shape[:2]
         rows, rows_v = q.flatten(0, 1), None if qv is None else qv.flatten(0, 1)
@@ -261,13 +262,13 @@ def _own_blocks(k_cache: Tensor, batch: int, cache_batch_idx: Tensor | None, dev
     """The block table of a cache that keeps each sequence in one piece: ``[batch, 1]``."""
     if cache_batch_idx is not None:
         return cache_batch_idx[:, None]
-    demand(
-        OPERATION,
-        k_cache.shape[0] >= batch,
-        "a cache without page_table must have a row for each sequence.",
-        f"k_cache {list(k_cache.shape)}, batch = {batch}",
-        do="page_table=..., or cache_batch_idx=...",
-    )
+    if k_cache.shape[0] < batch:
+        raise invalid(
+            OPERATION,
+            "a cache without page_table must have a row for each sequence.",
+            f"k_cache {list(k_cache.shape)}, batch = {batch}",
+            do="page_table=..., or cache_batch_idx=...",
+        )
     return torch.arange(batch, dtype=torch.int32, device=device)[:, None]
 
 
@@ -275,15 +276,13 @@ def _append(
     k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor
 ) -> Tensor:
     """Store new rows behind those of the cache; returns the new lengths."""
-    demand(
-        OPERATION,
-        k is not None and v is not None and k.dim() == v.dim() == 4,
-        "k and v are appended together.",
-        f"k {None if k is None else list(k.shape)}, v {None if v is None else list(v.shape)}",
-        "[batch, seqlen_new, num_kv_heads, d] of both",
-    )
-    assert k is not None  # as was demanded
-    assert v is not None
+    if k is None or v is None or k.dim() != 4 or v.dim() != 4:
+        raise invalid(
+            OPERATION,
+            "k and v are appended together.",
+            f"k {None if k is None else list(k.shape)}, v {None if v is None else list(v.shape)}",
+            "[batch, seqlen_new, num_kv_heads, d] of both",
+        )
     if k_cache.dtype != k.dtype or v_cache.dtype != v.dtype:
         refuse(OPERATION, QUANTISED, k=k)
     block_size = k_cache.shape[-3]

@@ -3,7 +3,7 @@
     from anystride.adapters.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
 The original takes pages of 64 tokens and rows of 576 with values of 512, on sm_90. Here any block size,
-dimensions, number of KV heads and strides go, on every device that anystride runs on.
+dimensions and strides go, on every device that anystride runs on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anystride import flash_attn_varlen_func, get_scheduler_metadata
-from anystride.adapters.translation import Refusal, demand, query_starts, refuse, rows_in_place
+from anystride.adapters.translation import Refusal, invalid, query_starts, refuse, rows_in_place
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 
@@ -29,7 +29,7 @@ REFUSED = {
     "indices": Refusal(None, _SPARSE, _DENSE),
     "attn_sink": Refusal(
         None,
-        "is a sink that the returned lse leaves out (of sparse attention in the original); here lse counts it in",
+        "is a sink that the returned lse leaves out, for sparse attention only; here lse counts sinks in",
         "anystride.flash_attn_varlen_func(..., s_aux=attn_sink)",
     ),
     "extra_k_cache": Refusal(None, _SPARSE, _DENSE),
@@ -119,7 +119,7 @@ def flash_mla_with_kvcache(
 
     Returns:
         ``out`` ``[batch, seq_len_q, num_heads_q, head_dim_v]``, and ``lse`` float32 ``[batch, num_heads_q,
-        seq_len_q]``, natural logarithm. A row that sees no key has out 0 and lse **+inf**, as in the original.
+        seq_len_q]``, natural logarithm. A row that sees no key has out 0 and lse **+inf**.
 
     Raises:
         UnsupportedError: For sparse attention, and what else has no counterpart here.
@@ -139,22 +139,20 @@ def flash_mla_with_kvcache(
     )
     if is_fp8_kvcache and k_cache.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         refuse(OPERATION, ROWS_OF_656_BYTES, is_fp8_kvcache=is_fp8_kvcache)
-    demand(
-        OPERATION,
-        block_table is not None and cache_seqlens is not None,
-        "dense attention needs block_table and cache_seqlens.",
-        f"block_table is {type(block_table).__name__}, cache_seqlens is {type(cache_seqlens).__name__}",
-    )
-    assert block_table is not None  # as was demanded
-    assert cache_seqlens is not None
-    demand(
-        OPERATION,
-        q.dim() == 4,
-        "q must have 4 dimensions.",
-        f"q {list(q.shape)}",
-        "[batch, seq_len_q, num_heads_q, head_dim]",
-        "q = q.unsqueeze(1)      (one query token a sequence)" if q.dim() == 3 else "",
-    )
+    if block_table is None or cache_seqlens is None:
+        raise invalid(
+            OPERATION,
+            "dense attention needs block_table and cache_seqlens.",
+            f"block_table is {type(block_table).__name__}, cache_seqlens is {type(cache_seqlens).__name__}",
+        )
+    if q.dim() != 4:
+        raise invalid(
+            OPERATION,
+            "q must have 4 dimensions.",
+            f"q {list(q.shape)}",
+            "[batch, seq_len_q, num_heads_q, head_dim]",
+            "q = q.unsqueeze(1)      (one query token a sequence)" if q.dim() == 3 else "",
+        )
     batch, query_len, num_heads = q.shape[:3]
     longest = block_table.shape[1] * k_cache.shape[-3]
     shared = _share(tile_scheduler_metadata, q, k_cache, cache_seqlens, head_dim_v, longest, causal)
@@ -192,13 +190,13 @@ def _share(
     causal: bool,
 ) -> FlashMLASchedMeta:
     """Fill in what the first call makes, or hold a later call to it."""
-    demand(
-        OPERATION,
-        isinstance(shared, FlashMLASchedMeta),
-        "tile_scheduler_metadata must come from this module's get_mla_metadata.",
-        type(shared).__name__,
-        do="from anystride.adapters.flash_mla import get_mla_metadata",
-    )
+    if not isinstance(shared, FlashMLASchedMeta):
+        raise invalid(
+            OPERATION,
+            "tile_scheduler_metadata must come from this module's get_mla_metadata.",
+            type(shared).__name__,
+            do="from anystride.adapters.flash_mla import get_mla_metadata",
+        )
     facts = (q.shape, q.dtype, k_cache.shape[-3:], head_dim_v, causal)
     if shared.facts is None:
         batch, query_len, num_heads, head_dim = q.shape
@@ -208,14 +206,14 @@ def _share(
             head_dim_v, shared.starts, causal=causal,
         )  # fmt: skip
         shared.facts = facts
-    demand(
-        OPERATION,
-        shared.facts == facts,
-        "tile_scheduler_metadata serves calls of the same shapes only.",
-        f"q, dtype, pages, head_dim_v, causal = {_told(facts)}",
-        f"{_told(shared.facts)}, those of the first call",
-        "tile_scheduler_metadata, _ = get_mla_metadata()",
-    )
+    if shared.facts != facts:
+        raise invalid(
+            OPERATION,
+            "tile_scheduler_metadata serves calls of the same shapes only.",
+            f"q, dtype, pages, head_dim_v, causal = {_told(facts)}",
+            f"{_told(shared.facts)}, those of the first call",
+            "tile_scheduler_metadata, _ = get_mla_metadata()",
+        )
     return shared
 
 

@@ -12,7 +12,7 @@ from anystride import InvalidInputError, UnsupportedError
 from anystride.errors import Fault
 from anystride.problem import in_words
 
-__all__ = ["LOG2_E", "Refusal", "demand", "query_starts", "refuse", "rows_in_place"]
+__all__ = ["LOG2_E", "Refusal", "invalid", "query_starts", "refuse", "rows_in_place"]
 
 LOG2_E = 1.4426950408889634  # log2(x) = LOG2_E * log(x)
 
@@ -52,14 +52,9 @@ def refuse(operation: str, refusals: Mapping[str, Refusal], **given: object) -> 
         )
 
 
-def demand(operation: str, holds: bool, what: str, got: str, needs: str = "", do: str = "") -> None:
-    """Raise unless something holds.
-
-    Raises:
-        InvalidInputError: With the one fault that is described.
-    """
-    if not holds:
-        raise InvalidInputError(operation, [Fault(what, got, needs, do)])
+def invalid(operation: str, what: str, got: str, needs: str = "", do: str = "") -> InvalidInputError:
+    """The error for a call with one fault, to be raised; see :class:`anystride.errors.Fault`."""
+    return InvalidInputError(operation, [Fault(what, got, needs, do)])
 
 
 def _asks(value: object, neutral: object) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anystride import flash_attn_varlen_func
-from anystride.adapters.translation import demand, query_starts
+from anystride.adapters.translation import invalid, query_starts
 
 __all__ = ["decode_attention_fwd"]
 
@@ -90,22 +90,22 @@ def decode_attention_fwd(
 def _paged(name: str, buffer: Tensor, page_size: int) -> Tensor:
     """The buffer with a dimension of pages: a view."""
     if buffer.dim() == 3:
-        demand(
-            OPERATION,
-            page_size > 0 and buffer.shape[0] % page_size == 0,
-            f"{name} must hold whole pages.",
-            f"{name} {list(buffer.shape)}, page_size = {page_size}",
-            do=f"{name} = {name}[: {name}.shape[0] // page_size * page_size]",
-        )
+        if page_size < 1 or buffer.shape[0] % page_size:
+            raise invalid(
+                OPERATION,
+                f"{name} must hold whole pages.",
+                f"{name} {list(buffer.shape)}, page_size = {page_size}",
+                do=f"{name} = {name}[: {name}.shape[0] // page_size * page_size]",
+            )
         pages: Tensor = buffer.unflatten(0, (-1, page_size))
         return pages
-    demand(
-        OPERATION,
-        buffer.shape[-3] == page_size,
-        f"page_size must be that of {name}.",
-        f"page_size = {page_size}, {name} {list(buffer.shape)}",
-        do=f"page_size={name}.shape[-3]",
-    )
+    if buffer.shape[-3] != page_size:
+        raise invalid(
+            OPERATION,
+            f"page_size must be that of {name}.",
+            f"page_size = {page_size}, {name} {list(buffer.shape)}",
+            do=f"page_size={name}.shape[-3]",
+        )
     return buffer
 
 

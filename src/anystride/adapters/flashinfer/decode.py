@@ -15,7 +15,7 @@ from anystride.adapters.flashinfer.page_lists import (
     copy_lists,
     lse_by_rows,
 )
-from anystride.adapters.translation import LOG2_E, Refusal, demand, refuse
+from anystride.adapters.translation import LOG2_E, Refusal, invalid, refuse
 
 __all__ = ["BatchDecodeWithPagedKVCacheWrapper"]
 
@@ -70,7 +70,13 @@ class BatchDecodeWithPagedKVCacheWrapper:
     ) -> None:
         name = type(self).__name__
         refuse(name, REFUSED, jit_args=jit_args)
-        demand(name, kv_layout in ("NHD", "HND"), "kv_layout is not known.", repr(kv_layout), "NHD or HND")
+        if kv_layout not in ("NHD", "HND"):
+            raise invalid(
+                name,
+                "kv_layout is not known.",
+                repr(kv_layout),
+                "NHD or HND",
+            )
         self.device = float_workspace_buffer.device
         self.is_cuda_graph_enabled, self.use_tensor_cores = use_cuda_graph, use_tensor_cores
         self._kv_layout = kv_layout
@@ -226,7 +232,13 @@ class BatchDecodeWithPagedKVCacheWrapper:
             ("window_left", window_left, self._window[0]),
             ("q_len_per_req", q_len_per_req, batch.max_query_len),
         ):
-            demand(name, given in (None, planned), f"{what} must be that of plan.", f"{given}", f"{planned}")
+            if given not in (None, planned):
+                raise invalid(
+                    name,
+                    f"{what} must be that of plan.",
+                    f"{given}",
+                    f"{planned}",
+                )
         k, v = _k_and_v(paged_kv_cache, self._kv_layout)
         written = out if out is not None and out.dtype == q.dtype else None
         result = flash_attn_varlen_func(

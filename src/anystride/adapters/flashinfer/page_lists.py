@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anystride.adapters.translation import demand
+from anystride.adapters.translation import invalid
 from anystride.problem import bucket
 
 __all__ = ["PagedBatch", "all_given", "check_planned", "copy_lists", "lse_by_rows"]
@@ -83,52 +83,57 @@ class PagedBatch:
         """Columns of the table, and the bound on query tokens, that a captured graph has."""
         assert self.frozen is not None  # or nothing need fit
         requests, room = self.frozen
-        demand(
-            self.operation,
-            batch == requests,
-            "with use_cuda_graph the number of requests is that of the buffers.",
-            f"{batch} requests",
-            f"{requests}",
-        )
+        if batch != requests:
+            raise invalid(
+                self.operation,
+                "with use_cuda_graph the number of requests is that of the buffers.",
+                f"{batch} requests",
+                f"{requests}",
+            )
         columns = max(1, -(-room // max(requests, 1)))
-        demand(
-            self.operation,
-            pages <= columns,
-            "with use_cuda_graph no request may have more pages than an equal share of the buffer for them.",
-            f"a request of {pages} pages, a buffer of {room} for {requests} requests",
-            f"a buffer of {requests * pages} pages or more",
-            "reserve the number of requests times the pages of the longest",
-        )
+        if pages > columns:
+            raise invalid(
+                self.operation,
+                "with use_cuda_graph no request may have more pages than an equal share of the buffer.",
+                f"a request of {pages} pages, a buffer of {room} for {requests} requests",
+                f"a buffer of {requests * pages} pages or more",
+                "reserve the number of requests times the pages of the longest",
+            )
         frozen_len = self.max_query_len if self.table is not None else query_len
-        demand(
-            self.operation,
-            query_len <= frozen_len,
-            "with use_cuda_graph no request may have more query tokens than at the first plan.",
-            f"{query_len}",
-            f"{frozen_len} or fewer",
-            "a wrapper of its own for each query length",
-        )
+        if query_len > frozen_len:
+            raise invalid(
+                self.operation,
+                "with use_cuda_graph no request may have more query tokens than at the first plan.",
+                f"{query_len}",
+                f"{frozen_len} or fewer",
+                "a wrapper of its own for each query length",
+            )
         return columns, frozen_len
 
     def _keep(self, old: Tensor | None, new: Tensor) -> Tensor:
         if self.frozen is None or old is None:
             return new
-        demand(
-            self.operation,
-            old.shape == new.shape,
-            "with use_cuda_graph shapes are those of the first plan.",
-            f"a tensor of {list(new.shape)}",
-            f"{list(old.shape)}",
-            "a wrapper of its own for each shape",
-        )
+        if old.shape != new.shape:
+            raise invalid(
+                self.operation,
+                "with use_cuda_graph shapes are those of the first plan.",
+                f"a tensor of {list(new.shape)}",
+                f"{list(old.shape)}",
+                "a wrapper of its own for each shape",
+            )
         return old.copy_(new)
 
 
 def all_given(name: str, names: str, buffers: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    demand(
-        name, None not in [b if b is None else 0 for b in buffers], f"use_cuda_graph needs {names}.", "None"
-    )
-    return tuple(buffer for buffer in buffers if buffer is not None)
+    """The buffers, if none of them is missing."""
+    given = tuple(buffer for buffer in buffers if buffer is not None)
+    if len(given) != len(buffers):
+        raise invalid(
+            name,
+            f"use_cuda_graph needs {names}.",
+            "None among them",
+        )
+    return given
 
 
 def copy_lists(buffers: tuple[Tensor, ...], lists: tuple[Tensor, ...]) -> None:
@@ -139,8 +144,19 @@ def copy_lists(buffers: tuple[Tensor, ...], lists: tuple[Tensor, ...]) -> None:
 
 def check_planned(name: str, batch: PagedBatch, q: Tensor, dtype: torch.dtype) -> None:
     """Fail without a plan, or with one for another dtype, whose shares of the work would be wrong."""
-    demand(name, batch.schedule is not None, "plan must be called before run.", "no plan")
-    demand(name, q.dtype == dtype, "q must have the dtype of plan.", str(q.dtype), f"q_data_type={dtype}")
+    if batch.schedule is None:
+        raise invalid(
+            name,
+            "plan must be called before run.",
+            "no plan",
+        )
+    if q.dtype != dtype:
+        raise invalid(
+            name,
+            "q must have the dtype of plan.",
+            str(q.dtype),
+            f"q_data_type={dtype}",
+        )
 
 
 def lse_by_rows(lse: Tensor, given: Tensor | None, factor: float) -> Tensor:
