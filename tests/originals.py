@@ -113,7 +113,8 @@ def page_lists(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     pages = torch.tensor([-(-length // size) for length in inputs.lengths], dtype=torch.int32)
     table = inputs.kwargs["block_table"].cpu()
     indices = torch.cat([row[:n] for row, n in zip(table, pages.tolist(), strict=True)])
-    last = torch.tensor([(length - 1) % size + 1 for length in inputs.lengths], dtype=torch.int32)
+    # A request without pages has no last one: what stands there must not matter.
+    last = torch.tensor([(n - 1) % size + 1 if n else 5 for n in inputs.lengths], dtype=torch.int32)
     indptr = torch.cat([torch.zeros(1, dtype=torch.int32), pages.cumsum(0, dtype=torch.int32)])
     return indptr, indices, last
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -172,6 +173,15 @@ def test_metadata_is_shared_and_counts_the_rows_to_come(where: tuple[str, bool])
     out, lse = flash_attn_with_kvcache(**given, scheduler_metadata=metadata, return_softmax_lse=True)
     assert_as_stated(lambda dtype: stated(inputs, dtype), out, lse, torch.bfloat16)
     assert torch.equal(get_scheduler_metadata(*facts, lengths - 3, max_seqlen_k_new=3), metadata)
+
+
+def test_the_metadata_is_made_for_the_lengths_after_appending(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A CPU schedules nothing, so that the metadata itself cannot tell.
+    made = mock.Mock(return_value=torch.zeros(16))
+    monkeypatch.setattr("anystride.get_scheduler_metadata", made)
+    get_scheduler_metadata(2, 1, 9, 4, 2, 16, torch.tensor([4, 0]), max_seqlen_k_new=3, sm_margin=2)
+    assert made.call_args.args[6].tolist() == [7, 3]
+    assert made.call_args.kwargs["sm_margin"] == 2
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -23,7 +23,7 @@ from originals import (
 )
 from torch import Tensor
 
-from anystride import InvalidInputError
+from anystride import InvalidInputError, flash_attn_varlen_func
 from anystride.adapters.flashinfer import decode, mla
 from anystride.testing import Inputs
 
@@ -350,6 +350,32 @@ def test_scales_sinks_and_the_dtype_of_the_result(where: tuple[str, bool]) -> No
     given = torch.full_like(out, float("nan"))
     assert wrapper.run(q, cache, **scales, sinks=sinks, out=given) is given
     assert torch.equal(given, out)
+
+
+@pytest.mark.parametrize(
+    ("options", "passed_on"),
+    [
+        ({}, {"num_splits": 0}),
+        ({"disable_split_kv": True}, {"num_splits": 1}),
+        ({"fixed_split_size": 64}, {"batch_invariant": True}),
+    ],
+)
+def test_promises_about_splits_are_passed_on(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], passed_on: dict[str, Any]
+) -> None:
+    # A CPU does not split, so that results cannot tell.
+    inputs = gqa_inputs(CPU, "G2")
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace("cpu"))
+    plan_decode(wrapper, inputs, **options)
+    seen: dict[str, Any] = {}
+
+    def watched(*args: Any, **more: Any) -> Any:
+        seen.update(more)
+        return flash_attn_varlen_func(*args, **more)
+
+    monkeypatch.setattr(decode, "flash_attn_varlen_func", watched)
+    wrapper.run(inputs.kwargs["q"], (inputs.kwargs["k"], inputs.kwargs["v"]))
+    assert {name: seen[name] for name in ("num_splits", "batch_invariant") if name in seen} == passed_on
 
 
 @pytest.mark.parametrize("options", [{"fixed_split_size": 64}, {"disable_split_kv": True}])

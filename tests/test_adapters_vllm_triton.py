@@ -19,7 +19,8 @@ from originals import (
 )
 from torch import Tensor
 
-from anystride import InvalidInputError
+from anystride import InvalidInputError, flash_attn_varlen_func
+from anystride.adapters import vllm_triton
 from anystride.adapters.vllm_triton import decode_attention_fwd
 from anystride.testing import Inputs
 
@@ -136,3 +137,19 @@ def test_a_page_size_that_is_not_the_buffers_is_told() -> None:
     }
     with pytest.raises(InvalidInputError, match="k_buffer must hold whole pages"):
         call(inputs, **flat)
+
+
+@pytest.mark.parametrize(("num_kv_splits", "passed_on"), [(1, 1), (4, 0), (32, 0)])
+def test_of_the_number_of_splits_only_one_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, num_kv_splits: int, passed_on: int
+) -> None:
+    # A CPU does not split, so that results cannot tell.
+    seen = []
+
+    def watched(*args: Any, **more: Any) -> Any:
+        seen.append(more["num_splits"])
+        return flash_attn_varlen_func(*args, **more)
+
+    monkeypatch.setattr(vllm_triton, "flash_attn_varlen_func", watched)
+    call(gqa_inputs(("cpu", False), "G2"), num_kv_splits=num_kv_splits)
+    assert seen == [passed_on]
