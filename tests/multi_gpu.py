@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from checks import assert_close_as_plain
 from sharded import MORE, RUNS, SHARES, Result, assert_whole, attend, attend_to_runs
 from torch import Tensor
 
@@ -34,6 +33,7 @@ import anystride
 from anystride import flash_attn_varlen_func
 from anystride.distributed import ShardedDecode, shard_lengths
 from anystride.testing import select
+from anystride.testing.judgement import assert_close_as_plain
 
 HEADS, D_QK, D_V, BLOCK = 16, 576, 512, 64
 SCALE = (128 + 64) ** -0.5

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from checks import assert_close_as_plain, plain, reference
 from torch import Tensor
 
 from anystride.distributed import ShardedDecode
 from anystride.testing import Case, Inputs, Values, find_layout, make_inputs
 from anystride.testing.cases import Parallel
+from anystride.testing.judgement import assert_close_as_plain, plain, reference
 from anystride.testing.storage import read
 
 __all__ = [

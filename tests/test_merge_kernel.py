@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import assert_close_as_plain
 from interpreted import assert_passes_interpreted, only_compiled, only_interpreted
 from offline import TARGETS, compile_launches
 from torch import Tensor
 
 from anystride.backends import triton_merge
 from anystride.merge import merge
+from anystride.testing.judgement import assert_close_as_plain
 
 INF = float("inf")
 SHAPES = {  # parts, tokens, heads, d_v
