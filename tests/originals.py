@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_close_as_plain
 from torch import Tensor
 
 from anystride import UnsupportedError
 from anystride.adapters.translation import Refusal
 from anystride.testing import Inputs, find_case, find_layout, make_inputs
+from anystride.testing.judgement import assert_close_as_plain
 from anystride.testing.storage import read
 
 __all__ = [

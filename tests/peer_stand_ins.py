@@ -166,7 +166,7 @@ class FlashInfer(Record):
                 q_v, q, v, k = args
                 return self.answer(q, k[:, :, None], v[:, :, None], return_lse, q_v)
 
-        names = {
+        names: dict[str, dict[str, Any]] = {
             "flashinfer": {"__version__": "0.0"},
             "flashinfer.mla": {"BatchMLAPagedAttentionWrapper": Mla},
             "flashinfer.prefill": {"BatchPrefillWithPagedKVCacheWrapper": Wrapper},

@@ -232,7 +232,7 @@ def test_flex_attention_is_right_over_a_packed_cache(case: Case) -> None:
 
 
 def stand_in_for_vllm(monkeypatch: pytest.MonkeyPatch, file: str, record: Record) -> None:
-    monkeypatch.setitem(sys.modules, f"vllm.v1.attention.ops.{file}", record)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, f"vllm.v1.attention.ops.{file}", record)
 
 
 def test_a_module_that_is_there_is_the_one_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
