@@ -33,7 +33,8 @@ def place_scales(storage: Storage, layout: Layout, of_v: bool, groups: int, reci
         layout: What made it. Its name also says in which strides scales lie that have no place in its rows.
         of_v: Whether they are V's.
         groups: Scales of a row: more than 1 only of a cache with one head.
-        recipe: A key of ``SCALE_RECIPES`` for scales that have no place in the rows; "": by the layout's name.
+        recipe: A key of ``SCALE_RECIPES`` for scales that have no place in the rows; "": by the layout's
+            name.
 
     Returns:
         float32 ``[num_pages, blocks_per_page, block_size, num_kv_heads or groups]``.
