@@ -116,7 +116,10 @@ def device_type(suite: str) -> str:
 def _facts(clock: Clock, of_commit: str) -> Line:
     """A line without a measurement: the machine, the versions, and the ceilings of this process."""
     device, tops = clock.device, clock.ceilings()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{processor()}, {torch.get_num_threads()} threads"
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return Line(
         suite="", case="", layout="", kernel="", version="", median_us=None, q1_us=None, q3_us=None,

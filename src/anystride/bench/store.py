@@ -39,8 +39,8 @@ class Row:
         tokens: That are stored.
         form: ``gqa``; ``mla``: one row; ``mixed``: its row of 656 bytes; ``blocks``: copied, gathered.
         fp8: Whether the cache is e4m3.
-        scale: "", a ``number``, ``one`` on the device, one for each of the ``heads``; those of the ``rows`` are
-            written with them.
+        scale: "", a ``number``, ``one`` on the device, one for each of the ``heads``; those of the ``rows``
+            are written with them.
         layout: K and V ``apart``, in ``halves`` of a block, ``heads first`` within each half; of blocks
             ``copy`` or ``gather``.
         layers: That share the buffer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from anystride.bench import store
 from anystride.bench.clock import ROUNDS
 from anystride.bench.lines import Line, append, compare, load
 from anystride.bench.measure import Bench
 from anystride.bench.run import RESULTS, device_for, exit_code, file_of, head_of, rows_asked_for, start
-from anystride.bench.suites import SUITES
+from anystride.bench.suites import SUITES, Row
 from anystride.cli.asked import near
 from anystride.cli.bench_plots import draw_plots
 from anystride.cli.bench_terminal import show_changes, show_lines
@@ -64,9 +65,19 @@ def bench(
         lines = [line for path in stored for line in _load(path, "--from") if only in _name(line)]
         show_lines(console, lines)
     else:
-        lines = _run(
-            console, suite or [], only, results, device, backend or [], peers, without or [], hot, rounds, commit
-        )  # fmt: skip
+        for name in suite or []:
+            if name not in SUITES:
+                text = f"there is no suite {name!r}; {near(name, list(SUITES))}"
+                raise typer.BadParameter(text, param_hint="--suite")
+        rows = {name: rows_asked_for(name, only) for name in dict.fromkeys(suite or [])}
+        if not any(rows.values()):
+            raise typer.BadParameter(f"no row has {only!r} in its name", param_hint="--only")
+        try:
+            where = device_for(list(rows), device)
+            asked = start(where, backend or [], peers, without or [], hot, rounds, commit)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--suite") from None
+        lines = _run(console, asked, rows, results)
     if plots is not None:
         for path in draw_plots(lines, plots):
             console.print(f"plot     {path.resolve()}", highlight=False, markup=False, soft_wrap=True)
@@ -75,21 +86,9 @@ def bench(
 
 
 def _run(
-    console: Console, suites: Sequence[str], only: str, results: Path, device: str, backends: Sequence[str],
-    peers: Path | None, without: Sequence[str], hot: bool, rounds: int, commit: str,
-) -> list[Line]:  # fmt: skip
+    console: Console, asked: Bench, rows: Mapping[str, Sequence[Row | store.Row]], results: Path
+) -> list[Line]:
     """Time suites one after the other; what is done is stored, whatever becomes of the next row."""
-    for name in suites:
-        if name not in SUITES:
-            text = f"there is no suite {name!r}; {near(name, list(SUITES))}"
-            raise typer.BadParameter(text, param_hint="--suite")
-    rows = {name: rows_asked_for(name, only) for name in dict.fromkeys(suites)}
-    if not any(rows.values()):
-        raise typer.BadParameter(f"no row has {only!r} in its name", param_hint="--only")
-    try:
-        asked = start(device_for(suites, device), backends, peers, without, hot, rounds, commit)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     every: list[Line] = []
     for name, some in rows.items():
         path = file_of(results, name, asked.facts)
@@ -103,14 +102,16 @@ def _run(
     return every
 
 
-def _time(console: Console, asked: Bench, name: str, rows: Sequence[object], path: Path) -> list[Line]:
+def _time(
+    console: Console, asked: Bench, name: str, rows: Sequence[Row | store.Row], path: Path
+) -> list[Line]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     lines: list[Line] = []
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(name, total=len(rows))
         for row in rows:
-            progress.update(task, description=f"{name}: {row.name}")  # type: ignore[attr-defined]
-            done = asked.measure(row)  # type: ignore[arg-type]
+            progress.update(task, description=f"{name}: {row.name}")
+            done = asked.measure(row)
             append(path, done)
             lines += done
             progress.advance(task)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from anystride.bench.lines import Line
 from anystride.bench.ratios import geometric_mean, overheads, speed_ups
@@ -69,10 +71,10 @@ def _roofline(lines: Sequence[Line]) -> Figure | None:
     xs = [line.flop / line.bytes for line in timed]
     low, high = min(*xs, knee) / 2, max(*xs, knee) * 2
     axes.plot([low, knee, high], [low * read / 1e12, product / 1e12, product / 1e12], color="0.3", lw=1)
-    axes.annotate(f"{read / 1e9:.0f} GB/s read", (low, low * read / 1e12), (4, 14), textcoords="offset points",
-                  fontsize=8)  # fmt: skip
-    axes.annotate(f"{product / 1e12:.3g} TFLOP/s matrix product", (high, product / 1e12), (-4, 4),
-                  textcoords="offset points", fontsize=8, ha="right")  # fmt: skip
+    near: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
+    axes.annotate(f"{read / 1e9:.0f} GB/s read", (low, low * read / 1e12), (4, 14), **near)
+    text = f"{product / 1e12:.3g} TFLOP/s matrix product"
+    axes.annotate(text, (high, product / 1e12), (-4, 4), ha="right", **near)
     for nth, kernel in enumerate(dict.fromkeys(line.kernel for line in timed)):
         some = [line for line in timed if line.kernel == kernel]
         axes.plot(
@@ -98,13 +100,20 @@ def _speed_up(lines: Sequence[Line]) -> Figure | None:
     found.reverse()  # the first row on top
     ratios = [one.ratio for one in found]
     colours = [COLOURS[0] if ratio >= 1 else COLOURS[3] for ratio in ratios]
-    bars = axes.barh(range(len(found)), ratios, color=colours)
-    axes.bar_label(bars, [f"{one.ratio:.2f} {one.peer.kernel}" for one in found], padding=3, fontsize=7)
+    axes.set_xscale("log", base=2)  # twice as fast and half as fast are as long
+    axes.barh(range(len(found)), [ratio - 1 for ratio in ratios], left=1, color=colours)
+    for nth, one in enumerate(found):
+        text = f"{one.ratio:.2f} {one.peer.kernel}"
+        place = (max(one.ratio, 1), nth)
+        axes.annotate(text, place, (4, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(range(len(found)), [_label(one.ours, found[0].ours) for one in found], fontsize=7)
     axes.axvline(1, color="0.3", lw=1)
-    axes.set_xlim(0, max(*ratios, 1) * 1.3)
+    low, high = min(*ratios, 1), max(*ratios, 1)
+    margin = (high / low) ** 0.3 * 1.2  # for what stands beside the bars
+    axes.set_xlim(low / 1.1, high * margin)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_ylim(-0.7, len(found) - 0.3)
-    axes.set_xlabel("time of the best peer by that of the fastest of ours; longer is better for us")
+    axes.set_xlabel("time of the best peer by that of the fastest of ours; to the right ours is faster")
     mean = geometric_mean(ratios)
     axes.set_title(f"{found[0].ours.suite}: geometric mean {mean:.2f}; {_of_run(found[0].ours)}", fontsize=10)
     return figure

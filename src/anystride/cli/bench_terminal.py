@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anystride.bench.lines import Change, Line
-from anystride.bench.ratios import by_row, geometric_mean, overheads, speed_ups
+from anystride.bench.ratios import Overhead, by_row, geometric_mean, overheads, speed_ups
 from anystride.bench.run import head_of
 from anystride.bench.suites import SUITES, packed_layouts
 
@@ -100,9 +101,16 @@ def _show_overheads(console: Console, lines: Sequence[Line]) -> None:
             )
         console.print(table)
     if found:
-        console.print(
-            "copied: refused; the copy that it would need and the packed call, together\n", highlight=False
-        )
+        text = "copied: refused; the copy that it would need and the packed call, together\n"
+        console.print(text, highlight=False)
+
+
+def _overhead_cell(one: Overhead | None) -> str:
+    if one is None:
+        return ""
+    if math.isnan(one.ratio):
+        return f"[dim]{escape(one.line.note.partition(':')[0])}[/dim]"
+    return f"[yellow]{one.ratio:.2f} copied[/yellow]" if one.is_copied else f"{one.ratio:.2f}"
 
 
 def show_changes(console: Console, changes: Sequence[Change]) -> None:
