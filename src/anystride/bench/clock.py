@@ -136,7 +136,7 @@ class Clock:
         """
         size, n = ((1 << 32), 8192) if self._is_cuda else ((1 << 28), 1024)
         dtype = torch.bfloat16 if self._is_cuda else torch.float32
-        data = torch.zeros(size // 8, dtype=torch.int64, device=self.device)
+        data = torch.empty(size // 8, dtype=torch.int64, device=self.device).random_()
         half, rest = data.chunk(2)
         a, b = torch.randn(2, n, n, device=self.device).to(dtype)
         spreads = self.turns({"read": data.max, "copy": lambda: rest.copy_(half), "product": lambda: a @ b})
