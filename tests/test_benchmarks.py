@@ -19,7 +19,7 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner
 
-from anystride import flash_attn_varlen_func
+from anystride import flash_attn_varlen_func, peers
 from anystride.bench import __main__ as bare
 from anystride.bench import measure, run, store
 from anystride.bench.clock import Clock, Spread
@@ -31,7 +31,7 @@ from anystride.bench.ratios import geometric_mean, overheads, speed_ups
 from anystride.bench.suites import SUITES, Row, packed_layouts, rows_of
 from anystride.cli import app
 from anystride.cli.bench_plots import draw_plots
-from anystride.peers import PEERS, Absent, Peer, Refused
+from anystride.peers import Absent, Peer, Refused
 from anystride.testing import Case, compatible, find_case, find_layout, make_inputs
 from anystride.testing.judgement import plain
 
@@ -602,7 +602,9 @@ def test_a_run_ends_as_its_lines_say() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("hot", [False, True])
 def test_one_row_is_timed_on_a_gpu(hot: bool) -> None:
-    bench = Bench(torch.device("cuda"), ("triton",), without=[peer.name for peer in PEERS], hot=hot, rounds=1)
+    bench = Bench(
+        torch.device("cuda"), ("triton",), without=[peer.name for peer in peers.PEERS], hot=hot, rounds=1
+    )
     assert bench.facts.cold is not hot
     (row,) = run.rows_asked_for("mla", "bench-mla-b1-h16-kv8k ")
     lines = {one.kernel: one for one in bench.measure(row)}
