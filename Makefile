@@ -31,7 +31,7 @@ long: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/test_properties.py
 
 bench-cpu: $(READY)
-	$(BIN)/python benchmarks/cpu_decode.py
+	$(BIN)/anystride bench --suite cpu
 
 # Compiles the kernels for GPUs that are not here, with every Triton that is supported. With
 # PYTEST_ADDOPTS=--slow for more of their variants.
@@ -57,4 +57,4 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 
 clean:
 	rm -rf .venv .triton build dist src/*.egg-info anystride-demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+	find src tests examples -name __pycache__ -prune -exec rm -rf {} +

@@ -62,6 +62,7 @@ TRUE_OF: dict[str, Callable[[Case], bool]] = {
     "cpu": lambda c: keys_and_queries(c) <= 4200 and "bench" not in c.tags,
     "tiny": lambda c: max(c.seqused_k) <= 40 and c.num_q_heads <= 8 and c.num_splits <= 2,
     "bench": lambda c: min(c.seqused_k) >= 1 and not c.tags & {"full", "cpu", "quick"},
+    **{tag: lambda c: "bench" in c.tags for tag in TAGS if tag.startswith("suite-")},
     "model": lambda c: "edge" not in c.tags,
     "edge": lambda c: "model" not in c.tags,
     "gqa": lambda c: c.form == "kv",
@@ -378,11 +379,17 @@ def test_what_is_special_in_real_models() -> None:
     assert {case.window for case in of_model("Gemma")} == {(63, 0), (-1, -1)}
 
 
-def test_the_rows_that_were_measured_against_peers() -> None:
-    rows = select("bench")
-    assert sum(case.form == "row" for case in rows) == 16
-    assert sum(case.form == "kv" for case in rows) == 7
-    assert {max(case.q_lens) for case in rows} == {1, 2}
+def test_what_is_timed() -> None:
+    assert len(select("suite-mla")) == 16
+    assert {case.num_q_heads for case in select("suite-mla")} == {8, 16, 32, 64, 128}
+    assert {max(case.q_lens) for case in select("suite-mla")} == {1, 2}
+    assert {case.d_qk for case in select("suite-gqa")} == {64, 128, 256}
+    assert {case.batch for case in select("suite-small")} == {1, 2, 4, 8}
+    assert {case.scale_caches for case in select("suite-fp8")} == {"", "rows", "groups"}
+    assert {case.form for case in select("suite-layouts")} == {"row", "kv"}
+    assert {case.block_size for case in select("suite-blocks")} == {1, 3, 16, 48, 64, 528, 1056}
+    assert {max(case.q_lens) for case in select("suite-prefill")} == {512, 2048}
+    assert all(any(tag.startswith("suite-") for tag in case.tags) for case in select("bench"))
 
 
 def test_varied_lengths_are_the_same_every_time_and_near_their_mean() -> None:

@@ -10,13 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-from anystride.bench.clock import ROUNDS, Clock
+from anystride.bench.clock import ROUNDS
 from anystride.bench.lines import Line, append
-from anystride.bench.measure import commit, facts_of, kernels, measure
-from anystride.bench.suites import SUITES, rows_of
-from anystride.plan import AUTOMATIC
+from anystride.bench.run import RESULTS, device_for, exit_code, file_of, head_of, rows_asked_for, start
+from anystride.bench.suites import SUITES
 
 __all__ = ["main"]
 
@@ -28,54 +25,44 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Of the command line; None: those of the process.
 
     Returns:
-        The exit code: 1 if a kernel of ours was wrong.
+        The exit code: 1 if a kernel of ours was wrong, 2 if nothing was timed.
     """
     parser = argparse.ArgumentParser(prog="python -m anystride.bench", description=__doc__)
     parser.add_argument("--suite", nargs="+", choices=SUITES, required=True)
-    parser.add_argument("--device", default="")
-    parser.add_argument("--backend", nargs="+", help="ours to time; by default those that run by themselves")
+    parser.add_argument("--device", default="", help="cuda, cuda:1, ...; by default what the suite is for")
+    parser.add_argument("--backend", nargs="+", default=[], help="ours to time; by default the usual ones")
     parser.add_argument("--peers", type=Path, help="the folder of peers that are not installed")
     parser.add_argument("--without", nargs="+", default=[], help="peers to leave out")
-    parser.add_argument("--only", default="", help="cases or layouts whose name contains this")
+    parser.add_argument("--only", default="", help="rows whose case or layout contains this")
     parser.add_argument("--hot", action="store_true", help="leave the L2 cache as the call before left it")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument(
-        "--results", type=Path, default=Path("benchmarks/results"), help="folder of the lines"
-    )
-    parser.add_argument("--commit", default=commit(), help="where git cannot tell")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each kernel")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the lines")
+    parser.add_argument("--commit", default="", help="where git cannot tell")
     given = parser.parse_args(arguments)
-    is_right = True
-    for suite in given.suite:
-        usual = "cpu" if suite == "cpu" or not torch.cuda.is_available() else "cuda"
-        device = torch.device(given.device or usual)
-        backends = given.backend or [name for name in AUTOMATIC if (name == "cpu") == (device.type == "cpu")]
-        asked, absent = kernels(backends, device, given.peers, given.without)
-        for name, why in absent.items():
-            _say(f"absent: {name}: {why}")
-        clock = Clock(device, given.hot, given.rounds)
-        facts = facts_of(clock, not given.hot, given.commit)
-        _say(
-            f"{suite}: {facts.device}, torch {facts.torch}, Triton {facts.triton}, commit {facts.commit}: "
-            f"read {facts.read / 1e9:.0f} GB/s, product {facts.product / 1e12:.1f} TFLOP/s"
+    try:
+        device = device_for(given.suite, given.device)
+        bench = start(
+            device, given.backend, given.peers, given.without, given.hot, given.rounds, given.commit
         )
-        path = given.results / f"{suite}-{facts.device.replace(' ', '-')}-{facts.date[:10]}.jsonl"
-        began = time.perf_counter()
-        for row in rows_of(suite):
-            if given.only in row.case.name or given.only in row.layout.name:
-                lines = list(measure(row, asked, clock, facts))
-                append(path, lines)
-                _say(f"{row.case.name:<38} {row.layout.name:<26} " + " | ".join(map(_cell, lines)))
-                is_right &= not any(
-                    "WRONG" in line.note for line in lines if line.kernel.startswith("anystride")
-                )
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+    except ValueError as error:
+        parser.error(str(error))
+    for name, why in bench.absent.items():
+        _say(f"absent: {name}: {why}")
+    _say(head_of(bench.facts))
+    every: list[Line] = []
+    for suite in given.suite:
+        began, path = time.perf_counter(), file_of(given.results, suite, bench.facts)
+        for row in rows_asked_for(suite, given.only):
+            lines = bench.measure(row)
+            append(path, lines)
+            every += lines
+            _say(f"{row.name:<60} " + " | ".join(map(_cell, lines)))
         _say(f"{suite}: {time.perf_counter() - began:.0f} s, {path}")
-    return 0 if is_right else 1
+    return exit_code(every)
 
 
 def _cell(line: Line) -> str:
-    return f"{line.kernel} {line.median_us:.1f}" if line.median_us else f"{line.kernel} {line.note[:40]}"
+    return f"{line.kernel} {line.median_us:.1f}" if line.median_us else f"{line.kernel} {line.note[:60]}"
 
 
 def _say(text: str) -> None:

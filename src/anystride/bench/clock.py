@@ -1,6 +1,7 @@
 """The clock: device time by events with a cold L2 cache, host time apart, ceilings of the same process.
 
-On a CPU it is the wall clock, and caches are as the call before left them.
+On a CPU it is the wall clock, and caches are as the call before left them. ``docs/benchmarking.md`` says why
+events and no graphs, and what that costs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ ROUND_SECONDS = 0.03  # of device time, of one kernel's turn
 FEWEST, MOST = 5, 200  # samples in a turn
 ROUNDS = 3
 HOST_CALLS = 100  # in a row: fewer than a device queues
+HOST_SECONDS = 0.2  # of device time, for the calls in a row
+AHEAD_CYCLES = 200_000  # that a device waits, with its caches as they are: the host enqueues meanwhile
 
 Call = Callable[[], Any]
 
@@ -44,7 +47,7 @@ class Clock:
 
     Args:
         device: Where they run.
-        hot: Leave the L2 cache as the call before left it.
+        hot: Leave the L2 cache of a GPU as the call before left it.
         rounds: Turns of each kernel; one more comes first and does not count.
     """
 
@@ -52,9 +55,8 @@ class Clock:
         self.device = device
         self.rounds = rounds
         self._is_cuda = device.type == "cuda"
-        self._flush = (
-            torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self._is_cuda and not hot else None
-        )
+        self.is_cold = self._is_cuda and not hot
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self.is_cold else None
 
     def turn(self, call: Call) -> list[float]:
         """Microseconds of each of many calls, one after the other."""
@@ -82,6 +84,8 @@ class Clock:
         for begin, end in pairs:
             if self._flush is not None:
                 self._flush.zero_()
+            else:
+                torch.cuda._sleep(AHEAD_CYCLES)
             begin.record()
             call()
             end.record()
@@ -90,25 +94,33 @@ class Clock:
 
     def _on_host(self, call: Call) -> list[float]:
         call()
-        begin = time.perf_counter()
-        call()
-        samples = []
-        for _ in range(self._count(time.perf_counter() - begin)):
+        samples: list[float] = []
+        spent = 0.0
+        # By the time that passes, not by a first call's: a machine that is shared stops whoever runs.
+        while len(samples) < FEWEST or (spent < ROUND_SECONDS and len(samples) < MOST):
             begin = time.perf_counter()
             call()
-            samples.append(1e6 * (time.perf_counter() - begin))
+            seconds = time.perf_counter() - begin
+            samples.append(1e6 * seconds)
+            spent += seconds
         return samples
 
     def _count(self, seconds: float) -> int:
         return max(FEWEST, min(MOST, int(ROUND_SECONDS / max(seconds, 1e-7))))
 
-    def host(self, call: Call) -> float:
-        """Microseconds that the host takes for a call: the median of calls in a row; NaN on a CPU."""
+    def host(self, call: Call, device_us: float) -> float | None:
+        """Microseconds that the host takes for a call: the median of calls in a row; None on a CPU.
+
+        Args:
+            call: Has been made before.
+            device_us: What the device takes for it: of long calls fewer are made.
+        """
         if not self._is_cuda:
-            return float("nan")
+            return None
+        count = max(FEWEST, min(HOST_CALLS, int(HOST_SECONDS / (1e-6 * max(device_us, 1e-3)))))
         torch.cuda.synchronize(self.device)
         samples = []
-        for _ in range(HOST_CALLS):
+        for _ in range(count):
             begin = time.perf_counter()
             call()
             samples.append(1e6 * (time.perf_counter() - begin))
@@ -124,7 +136,7 @@ class Clock:
         """
         size, n = ((1 << 32), 8192) if self._is_cuda else ((1 << 28), 1024)
         dtype = torch.bfloat16 if self._is_cuda else torch.float32
-        data = torch.zeros(size // 8, dtype=torch.int64, device=self.device)
+        data = torch.empty(size // 8, dtype=torch.int64, device=self.device).random_()
         half, rest = data.chunk(2)
         a, b = torch.randn(2, n, n, device=self.device).to(dtype)
         spreads = self.turns({"read": data.max, "copy": lambda: rest.copy_(half), "product": lambda: a @ b})

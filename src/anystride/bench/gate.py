@@ -20,7 +20,6 @@ from anystride.testing.storage import slots
 
 __all__ = ["Gate", "gate_for"]
 
-
 Complaint = Callable[[Tensor], str]
 
 

@@ -9,7 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Change", "Line", "append", "compare", "load"]
+__all__ = ["COPY", "OURS", "PLAIN_COPY", "PURE_READ", "Change", "Line", "append", "compare", "load"]
+
+OURS = "anystride"  # begins the names of our kernels
+PURE_READ = "pure read"  # PyTorch's x.max() over as many bytes: a yardstick of this method, and no peer
+COPY = "copy into packed"  # what a kernel needs first that reads packed caches alone
+PLAIN_COPY = "copy"  # of as many bytes as a store reads and writes
+YARDSTICKS = (PURE_READ, COPY, PLAIN_COPY)
 
 
 @dataclass(frozen=True)
@@ -20,19 +26,19 @@ class Line:
         suite: Name of the suite.
         case: Name of the case.
         layout: Name of the layout.
-        kernel: ``anystride hopper``, a peer's title, ``pure read``, ``copy into packed``.
+        kernel: ``anystride hopper``, a peer's title, or a yardstick, ``YARDSTICKS``.
         version: Of the kernel's project.
-        median_us: Device time in microseconds; None where it was not timed.
+        median_us: Device time in microseconds, on a CPU wall time; None where it was not timed.
         q1_us: First quartile.
         q3_us: Third quartile.
         samples: How many calls.
         host_us: Host time of a call; None on a CPU.
-        bytes: That must move.
-        flop: Floating-point operations.
+        bytes: That must move; of a copy, all that it reads and writes.
+        flop: Floating-point operations; 0 of a copy and of a read.
         note: Why there is no time: the refusal in the kernel's own words, or how wrong it was.
         read: The read ceiling of the run, bytes a second.
         product: The matrix ceiling of the run, operations a second.
-        cold: Whether the L2 cache was flushed before each call.
+        cold: Whether the L2 cache was flushed before each call; never on a CPU.
         device: Name of the device.
         torch: Version.
         triton: Version.
@@ -68,6 +74,16 @@ class Line:
     def key(self) -> tuple[str, str, str, str]:
         """What the line is about."""
         return self.suite, self.case, self.layout, self.kernel
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is about a kernel of this project."""
+        return self.kernel.startswith(OURS)
+
+    @property
+    def is_yardstick(self) -> bool:
+        """Whether it is about no kernel: a read or a copy of PyTorch's."""
+        return self.kernel in YARDSTICKS
 
     @property
     def bytes_a_second(self) -> float:
@@ -109,11 +125,18 @@ class Change(NamedTuple):
 
 
 def compare(old: Sequence[Line], new: Sequence[Line]) -> list[Change]:
-    """What has changed between two runs, for the lines that both have.
+    """What has changed between two runs, for what the old one timed and the new one has a line of.
 
     Slower is only what is slower beyond the spread of both: the quartiles do not overlap, and the medians
     differ by more than the larger distance of a median from its quartiles.
+
+    Raises:
+        ValueError: They are of different devices, or one of them left the caches as they were.
     """
+    kinds = {(line.device, line.cold) for line in (*old, *new)}
+    if len(kinds) > 1:
+        told = ", ".join(f"{device} {'cold' if cold else 'hot'}" for device, cold in sorted(kinds))
+        raise ValueError(f"no comparison: these are times of {told}")
     before = {line.key: line for line in old}
     changes = []
     for line in new:
@@ -124,16 +147,18 @@ def compare(old: Sequence[Line], new: Sequence[Line]) -> list[Change]:
             changes.append(Change(was, line, math.nan, "no longer timed"))
             continue
         verdict = ""
-        apart = line.q1_us > was.q3_us or line.q3_us < was.q1_us  # type: ignore[operator]
+        (low, high), (was_low, was_high) = _quartiles(line), _quartiles(was)
         difference = line.median_us - was.median_us
-        if apart and abs(difference) > max(_spread(was), _spread(line)):
+        spread = max(
+            line.median_us - low, high - line.median_us, was.median_us - was_low, was_high - was.median_us
+        )
+        if (low > was_high or high < was_low) and abs(difference) > spread:
             verdict = "slower" if difference > 0 else "faster"
         changes.append(Change(was, line, line.median_us / was.median_us, verdict))
     return changes
 
 
-def _spread(line: Line) -> float:
-    assert line.median_us is not None
+def _quartiles(line: Line) -> tuple[float, float]:
     assert line.q1_us is not None
     assert line.q3_us is not None
-    return max(line.q3_us - line.median_us, line.median_us - line.q1_us)
+    return line.q1_us, line.q3_us

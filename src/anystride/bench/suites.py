@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from anystride.bench import store
 from anystride.testing import LAYOUTS, Case, Layout, compatible, find_layout, select
 
-__all__ = ["SUITES", "Row", "rows_of"]
+__all__ = ["SUITES", "Row", "packed_layouts", "rows_of"]
 
 SUITES = {
     "mla": "MLA decoding: the rows of DeepSeek-V3, one block of 64 tokens after the other",
@@ -16,6 +17,7 @@ SUITES = {
     "layouts": "each layout of the catalogue against a packed cache",
     "prefill": "chunks of a prompt after a past, alone and among decoding sequences",
     "cpu": "everything that a CPU can do, against gathering each sequence",
+    "store": "the write side, against a plain copy",
 }
 PACKED = {"kv": "G16", "row": "M1", "q_v": "M9"}
 USUAL = {"kv": "G2", "row": "M1", "q_v": "M7"}
@@ -30,12 +32,22 @@ class Row(NamedTuple):
     layout: Layout
 
     @property
+    def name(self) -> str:
+        """As it is asked for by a part of it."""
+        return f"{self.case.name} {self.layout.name}"
+
+    @property
     def is_packed(self) -> bool:
         """Whether nothing lies between what the call reads."""
-        return self.layout.name == find_layout(PACKED[self.case.form]).name
+        return self.layout.name in packed_layouts()
 
 
-def rows_of(suite: str) -> list[Row]:
+def packed_layouts() -> tuple[str, ...]:
+    """The names of the layouts that others are compared with."""
+    return tuple(find_layout(name).name for name in PACKED.values())
+
+
+def rows_of(suite: str) -> list[Row] | list[store.Row]:
     """The rows of a suite.
 
     Raises:
@@ -43,6 +55,8 @@ def rows_of(suite: str) -> list[Row]:
     """
     if suite not in SUITES:
         raise KeyError(f"no suite {suite!r}; there are {', '.join(SUITES)}")
+    if suite == "store":
+        return list(store.ROWS)
     if suite == "cpu":
         return [
             Row(suite, case, next(one for one in map(find_layout, CPU_LAYOUTS) if not compatible(case, one)))
@@ -50,13 +64,15 @@ def rows_of(suite: str) -> list[Row]:
             if any(n and length for n, length in zip(case.q_lens, case.seqused_k, strict=True))
         ]
     if suite == "layouts":
+        cases = select("suite-layouts")
         rows = [
             Row(suite, case, layout)
-            for case in select("suite-layouts")
+            for case in cases
             for layout in LAYOUTS.values()
             if compatible(case, layout) is None and not layout.huge
         ]
-        return sorted(rows, key=lambda row: not row.is_packed)
+        rows += [Row(suite, case, find_layout(PACKED[case.form])) for case in select("suite-blocks")]
+        return sorted(rows, key=lambda row: (row.case not in cases, row.case.form, not row.is_packed))
     return [Row(suite, case, _usual(case)) for case in select(f"suite-{suite}")]
 
 

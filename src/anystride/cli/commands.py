@@ -17,6 +17,7 @@ import anystride
 from anystride import collect_env
 from anystride.cli import demo as demonstration
 from anystride.cli.asked import stop, the_case, the_device, the_layout
+from anystride.cli.bench import bench
 from anystride.cli.catalogue import list_layouts, show_layout
 from anystride.cli.check import check
 from anystride.cli.drawing import draw
@@ -200,6 +201,7 @@ def layouts(
 
 
 app.command()(check)
+app.command()(bench)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -23,12 +23,13 @@ TAGS = {
     "full": "every case that is no benchmark",
     "cpu": "small enough for a CPU: at most 4200 tokens a sequence",
     "tiny": "small enough for an interpreted kernel: at most 40 tokens, 8 query heads, 2 splits",
-    "bench": "a row of the table of measured peers: needs a GPU's memory",
+    "bench": "a row of the benchmark: needs a GPU's memory",
     "suite-mla": "timed in this suite",
     "suite-gqa": "timed in this suite",
     "suite-small": "timed in this suite",
     "suite-fp8": "timed in this suite",
     "suite-layouts": "timed in this suite",
+    "suite-blocks": "timed packed, in the suite layouts",
     "suite-prefill": "timed in this suite",
     "model": "the attention of a model that people run",
     "edge": "made to break something",
@@ -517,32 +518,42 @@ def varied_lengths(batch: int, mean: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(max(1, round(rng.gauss(mean, mean / 2))) for _ in range(batch))
 
 
-def _timed_row(
-    suite: str, batch: int, heads: int, kv: int, varied: bool = False, q: int = 1, **more: Any
-) -> Case:
+def _timed_row(batch: int, heads: int, kv: int, *, varied: bool = False, q: int = 1, bs: int = 64) -> Case:
     """An MLA row of the benchmark; kv in 1024 tokens."""
-    tokens = 1024 * kv
-    lens = varied_lengths(batch, tokens) if varied else (tokens,) * batch
-    name = f"bench-mla-b{batch}-h{heads}-kv{kv}k{'v' * varied}{f'-q{q}' * (q > 1)}"
-    case = _row(name, "MLA, timed", heads, lens, q)
-    return _finish(replace(case, **more), "bench", f"suite-{suite}")
+    lens = varied_lengths(batch, 1024 * kv) if varied else (1024 * kv,) * batch
+    name = f"bench-mla-b{batch}-h{heads}-kv{kv}k{'v' * varied}{f'-q{q}' * (q > 1)}{f'-bs{bs}' * (bs != 64)}"
+    return replace(_row(name, "MLA, timed", heads, lens, q), block_size=bs)
 
 
 def _timed_gqa(
-    suite: str, batch: int, heads: tuple[int, int], d: int, kv: int, block: int = 16, varied: bool = False,
-    name: str = "", **more: Any,
-) -> Case:  # fmt: skip
+    batch: int, heads: tuple[int, int], d: int, kv: int, *, varied: bool = False, q: int = 1, bs: int = 16
+) -> Case:
     """A GQA row of the benchmark; kv in 1024 tokens."""
-    tokens = 1024 * kv
-    lens = varied_lengths(batch, tokens) if varied else (tokens,) * batch
-    q_heads, kv_heads = heads
-    full = f"bench-gqa-b{batch}-h{q_heads}-{kv_heads}-d{d}-kv{kv}k{'v' * varied}{name}"
-    case = _gqa(full, "GQA, timed", heads, d, lens, block)
-    return _finish(replace(case, **more), "bench", f"suite-{suite}")
+    lens = varied_lengths(batch, 1024 * kv) if varied else (1024 * kv,) * batch
+    name = f"bench-gqa-b{batch}-h{heads[0]}-{heads[1]}-d{d}-kv{kv}k{'v' * varied}"
+    name += f"{f'-q{q}' * (q > 1)}{f'-bs{bs}' * (bs != 16)}"
+    return replace(_gqa(name, "GQA, timed", heads, d, lens, bs), q_lens=(q,))
 
 
 def _bench() -> Iterator[Case]:
-    """What is timed; kv in 1024 tokens, v for varied lengths."""
+    """What is timed. A case that several suites time is one case, with a tag of each."""
+    suites: dict[Case, list[str]] = {}
+    for suite, cases in (
+        ("mla", _timed_mla()),
+        ("gqa", _timed_gqas()),
+        ("small", _timed_small()),
+        ("fp8", _timed_fp8()),
+        ("layouts", (_timed_row(32, 16, 4), _timed_gqa(32, (32, 8), 128, 4))),
+        ("blocks", _timed_blocks()),
+        ("prefill", _timed_prefill()),
+    ):
+        for case in cases:
+            suites.setdefault(case, []).append(f"suite-{suite}")
+    for case, tags in suites.items():
+        yield _finish(case, "bench", *tags)
+
+
+def _timed_mla() -> Iterator[Case]:
     for batch, heads, kv, varied, q in (
         (1, 16, 8, False, 1),
         (1, 16, 128, False, 1),
@@ -561,47 +572,39 @@ def _bench() -> Iterator[Case]:
         (128, 128, 8, True, 2),
         (128, 16, 8, True, 2),
     ):
-        yield _timed_row("mla", batch, heads, kv, varied, q)
-    for batch, both, d, kv, block_size, varied in (
-        (64, (64, 8), 128, 8, 16, False),
-        (64, (32, 8), 128, 8, 64, False),
-        (128, (8, 1), 128, 8, 16, True),
-        (1, (32, 8), 128, 32, 16, False),
-        (32, (64, 8), 64, 8, 16, False),
-        (32, (16, 8), 256, 8, 16, False),
-        (16, (32, 32), 128, 8, 16, False),
-    ):
-        yield _timed_gqa("gqa", batch, both, d, kv, block_size, varied)
-    oss: dict[str, Any] = {"sinks": True, "window": (127, 0)}
-    yield _timed_gqa("gqa", 32, (64, 8), 64, 8, name="-oss", **oss)
-    yield _timed_gqa("gqa", 64, (64, 8), 128, 8, name="-q4", q_lens=(4,) * 64)
+        yield _timed_row(batch, heads, kv, varied=varied, q=q)
+
+
+def _timed_gqas() -> Iterator[Case]:
+    yield _timed_gqa(64, (64, 8), 128, 8)
+    yield _timed_gqa(64, (32, 8), 128, 8, bs=64)
+    yield _timed_gqa(128, (8, 1), 128, 8, varied=True)
+    yield _timed_gqa(1, (32, 8), 128, 32)
+    oss = _timed_gqa(32, (64, 8), 64, 8)
+    yield oss
+    yield replace(oss, name=f"{oss.name}-sinks", sinks=True)
+    yield replace(oss, name=f"{oss.name}-sinks-window", sinks=True, window=(127, 0))
+    yield _timed_gqa(32, (16, 8), 256, 8)
+    yield _timed_gqa(16, (32, 32), 128, 8)
+    yield _timed_gqa(64, (64, 8), 128, 8, q=4)
+
+
+def _timed_small() -> Iterator[Case]:
     for batch in (1, 2, 4, 8):
         for kv in (1, 4, 16):
-            yield _timed_row("small", batch, 16, kv)
-            yield _timed_gqa("small", batch, (32, 8), 128, kv)
-    yield _timed_row("layouts", 32, 16, 4)
-    yield _timed_gqa("layouts", 32, (32, 8), 128, 4)
-    yield from _timed_fp8()
-    yield from _timed_prefill()
+            yield _timed_row(batch, 16, kv)
+            yield _timed_gqa(batch, (32, 8), 128, kv)
 
 
 def _timed_fp8() -> Iterator[Case]:
     """The same in bfloat16, in e4m3 with one scale, and with scales of rows, or of groups and a bf16 rope."""
-    e4m3, suite = "float8_e4m3fn", "fp8"
-    scaled: dict[str, Any] = {"kv_dtype": e4m3, "descales": "scalar"}
-    by_rows: dict[str, Any] = {"kv_dtype": e4m3, "scale_caches": "rows"}
+    e4m3 = "float8_e4m3fn"
     for batch, heads, kv in ((64, 16, 8), (128, 16, 8), (128, 128, 16), (16, 128, 8), (1, 16, 8)):
-        for case in (
-            _timed_row(suite, batch, heads, kv),
-            _timed_row(suite, batch, heads, kv, **scaled),
-            _split(
-                _timed_row(suite, batch, heads, kv, kv_dtype=e4m3, rope_as_q=True, scale_caches="groups"),
-                "mixed",
-            ),
-        ):
-            kind = "mixed" if case.name == "mixed" else "e4m3" if case.kv_dtype else "bf16"
-            name = f"bench-mla-b{batch}-h{heads}-kv{kv}k-fp8-{kind}"
-            yield _finish(replace(case, name=name, tags=frozenset()), "bench", "suite-fp8")
+        case = _timed_row(batch, heads, kv)
+        yield case
+        yield replace(case, name=f"{case.name}-e4m3", kv_dtype=e4m3, descales="scalar")
+        mixed = _split(case, f"{case.name}-mixed")
+        yield replace(mixed, kv_dtype=e4m3, rope_as_q=True, scale_caches="groups")
     for batch, both, d, kv, varied in (
         (64, (64, 8), 128, 8, False),
         (64, (32, 8), 128, 8, False),
@@ -610,27 +613,32 @@ def _timed_fp8() -> Iterator[Case]:
         (32, (64, 8), 64, 8, False),
         (32, (16, 8), 256, 8, False),
     ):
-        for name, more in (
-            ("-fp8-bf16", {}),
-            ("-fp8-e4m3", scaled),
-            ("-fp8-rows", by_rows),
-        ):
-            yield _timed_gqa(suite, batch, both, d, kv, varied=varied, name=name, **more)
+        case = _timed_gqa(batch, both, d, kv, varied=varied)
+        yield case
+        yield replace(case, name=f"{case.name}-e4m3", kv_dtype=e4m3, descales="scalar")
+        yield replace(case, name=f"{case.name}-e4m3-rows", kv_dtype=e4m3, scale_caches="rows")
+
+
+def _timed_blocks() -> Iterator[Case]:
+    """The cases of the suite ``layouts`` in blocks of other sizes."""
+    for bs in (1, 3, 16, 48, 528, 1056):
+        yield _timed_row(32, 16, 4, bs=bs)
+    for bs in (1, 3, 48, 64, 528, 1056):
+        yield _timed_gqa(32, (32, 8), 128, 4, bs=bs)
 
 
 def _timed_prefill() -> Iterator[Case]:
-    """A chunk of 2048 after a past, and a chunk of 512 among sequences that decode."""
-    for past in (0, 8192, 30720):
+    """A chunk of 2048 tokens after a past, and eight chunks of 512 among 24 sequences that decode."""
+    for past in (0, 8192, 32768):
         used, name = (past + 2048,), f"-past{past >> 10}k"
-        row = _row(f"bench-mla-prefill-h16{name}", "MLA, timed", 16, used, 2048)
-        yield _finish(row, "bench", "suite-prefill")
+        yield _row(f"bench-mla-prefill-h16{name}", "MLA, timed", 16, used, 2048)
         case = _gqa(f"bench-gqa-prefill-h32-8{name}", "GQA, timed", (32, 8), 128, used)
-        yield _finish(replace(case, q_lens=(2048,)), "bench", "suite-prefill")
-    lens, q_lens = (8704, *(8192,) * 31), (512, *(1,) * 31)
+        yield replace(case, q_lens=(2048,))
+    lens, q_lens = (8192 + 512,) * 8 + (8192,) * 24, (512,) * 8 + (1,) * 24
     row = _row("bench-mla-prefill-h16-mixed", "MLA, timed", 16, lens)
-    yield _finish(replace(row, q_lens=q_lens), "bench", "suite-prefill")
+    yield replace(row, q_lens=q_lens)
     case = _gqa("bench-gqa-prefill-h32-8-mixed", "GQA, timed", (32, 8), 128, lens)
-    yield _finish(replace(case, q_lens=q_lens), "bench", "suite-prefill")
+    yield replace(case, q_lens=q_lens)
 
 
 CASES: tuple[Case, ...] = (

@@ -25,7 +25,7 @@ SCALE_RECIPES: dict[str, Callable[[int, int, int, int], tuple[int, int, Sizes]]]
 }
 
 
-def place_scales(storage: Storage, layout: Layout, of_v: bool, groups: int) -> Tensor:
+def place_scales(storage: Storage, layout: Layout, of_v: bool, groups: int, recipe: str = "") -> Tensor:
     """A place for the scales of K or of V, all NaN.
 
     Args:
@@ -33,6 +33,8 @@ def place_scales(storage: Storage, layout: Layout, of_v: bool, groups: int) -> T
         layout: What made it. Its name also says in which strides scales lie that have no place in its rows.
         of_v: Whether they are V's.
         groups: Scales of a row: more than 1 only of a cache with one head.
+        recipe: A key of ``SCALE_RECIPES`` for scales that have no place in the rows; "": by the layout's
+            name.
 
     Returns:
         float32 ``[num_pages, blocks_per_page, block_size, num_kv_heads or groups]``.
@@ -50,8 +52,8 @@ def place_scales(storage: Storage, layout: Layout, of_v: bool, groups: int) -> T
         view.fill_(float("nan"))
         return view
     names = list(SCALE_RECIPES)
-    recipe = SCALE_RECIPES[names[zlib.crc32(f"{layout.name} {of_v}".encode()) % len(names)]]
-    elements, offset, stride = recipe(*size)
+    recipe = recipe or names[zlib.crc32(f"{layout.name} {of_v}".encode()) % len(names)]
+    elements, offset, stride = SCALE_RECIPES[recipe](*size)
     flat = allocate(elements + offset, torch.float32, storage.buffers[0].device, lazy=False)
     return flat.as_strided(size, stride, offset)
 
