@@ -29,6 +29,7 @@ HUGE_BYTES = 12 << 30  # a layout beyond 2^31 elements takes up to 9 GB, and its
 STALE_BYTES = (1 << 9, 1 << 12, 1 << 15, 1 << 18, 1 << 18, 1 << 20, 1 << 20, 20 << 20)
 LONG = 8192  # tokens: enough for a split of the work to be as fine as it gets
 LONG_ON_CPU = 4 << 20  # bytes of K: more than a workspace that a processor's cache bounds
+SHORT_ROW = 256  # bytes of a token: of less, so much of K would be too many tokens to wait for
 SOME, MORE = 32, 160  # spare blocks, to see whether a kernel's memory grows with the cache
 
 
@@ -233,7 +234,7 @@ class Trials:
             if growth >= (MORE - SOME) * case.block_size * row / 2:
                 return growth
         least = self._least[case.name] = min(peak, self._least.get(case.name, peak))
-        if trial.layout.lone or (form in self._gathers and peak - least < used / 2):
+        if trial.layout.lone or row < SHORT_ROW or (form in self._gathers and peak - least < used / 2):
             return self._gathers.get(form, 0)
         n = min(2, case.batch)
         tokens = LONG if self.device.type == "cuda" else LONG_ON_CPU // (n * row)
