@@ -28,7 +28,7 @@ from anystride.backends import triton as portable
 from anystride.launch import Target
 from anystride.problem import Problem
 
-__all__ = ["TARGETS", "Binary", "compile_call", "compile_store", "standing_in"]
+__all__ = ["TARGETS", "Binary", "compile_call", "compile_launches", "compile_store", "standing_in"]
 
 # Shared memory: what one program can have, CUDA programming guide, table of compute capabilities; CDNA3 ISA.
 TARGETS = {
@@ -131,10 +131,15 @@ def compile_call(kwargs: dict[str, Any], target: str, backend: str = "triton") -
 
 def compile_store(store: Callable[..., None], arguments: Sequence[Any], target: str) -> Binary:
     """Compile the kernel that a call of the write side would launch on a target."""
+    (binary,) = compile_launches(lambda: store(*arguments, backend="triton"), target)
+    return binary
+
+
+def compile_launches(run: Callable[[], None], target: str) -> list[Binary]:
+    """Compile whatever a function would launch on a target."""
     with standing_in(target) as launched:
-        store(*arguments, backend="triton")
-    ((name, made),) = launched
-    return _inspect(name, made)
+        run()
+    return [_inspect(*kernel) for kernel in launched]
 
 
 def _inspect(name: str, made: Any) -> Binary:

@@ -161,12 +161,12 @@ class FlashInfer(Record):
             def lengths(self) -> list[int]:
                 return list(self.lists[3].tolist())
 
-            def run(self, *args: Any, return_lse: bool = False) -> Any:
+            def run(self, *args: Any, return_lse: bool = False, **_more: Any) -> Any:
                 record.add(*args)
                 q_v, q, v, k = args
                 return self.answer(q, k[:, :, None], v[:, :, None], return_lse, q_v)
 
-        names = {
+        names: dict[str, dict[str, Any]] = {
             "flashinfer": {"__version__": "0.0"},
             "flashinfer.mla": {"BatchMLAPagedAttentionWrapper": Mla},
             "flashinfer.prefill": {"BatchPrefillWithPagedKVCacheWrapper": Wrapper},

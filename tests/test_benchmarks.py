@@ -622,7 +622,9 @@ def test_a_run_ends_as_its_lines_say() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("hot", [False, True])
 def test_one_row_is_timed_on_a_gpu(hot: bool) -> None:
-    bench = Bench(torch.device("cuda"), ("triton",), without=[p.name for p in peers.PEERS], hot=hot, rounds=1)
+    bench = Bench(
+        torch.device("cuda"), ("triton",), without=[peer.name for peer in peers.PEERS], hot=hot, rounds=1
+    )
     assert bench.facts.cold is not hot
     (row,) = run.rows_asked_for("mla", "bench-mla-b1-h16-kv8k ")
     lines = {one.kernel: one for one in bench.measure(row)}

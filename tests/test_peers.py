@@ -59,7 +59,9 @@ TAKEN = {
         "window_size", "softcap", "alibi_slopes", "s_aux", "k_scale_cache", "v_scale_cache"
     },
     "flex-attention": {"window_size", "softcap"},
+    "gathered-sdpa": {*EVERY_FEATURE} - {"k_scale_cache", "v_scale_cache"},
 }  # fmt: skip
+OF_PYTORCH = ("flex-attention", "gathered-sdpa")
 
 
 def call_of(case: Case = GQA, layout: str = "", **options: Any) -> Inputs:
@@ -88,7 +90,7 @@ def test_names_are_unique_and_found() -> None:
         find_peer("flash-attn-5")
 
 
-@pytest.mark.parametrize("name", [peer.name for peer in PEERS if peer.name != "flex-attention"])
+@pytest.mark.parametrize("name", [peer.name for peer in PEERS if peer.name not in OF_PYTORCH])
 @pytest.mark.parametrize("given", [False, True], ids=["no folder", "an empty folder"])
 def test_an_absent_peer_says_what_is_missing_and_where(
     name: str, given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,8 +105,14 @@ def test_an_absent_peer_says_what_is_missing_and_where(
     assert missing.get(name, name.split("-")[0]) in str(absent.value)
 
 
-def test_flex_attention_comes_with_pytorch() -> None:
-    assert find_peer("flex-attention").load(None) == torch.__version__
+@pytest.mark.parametrize("name", OF_PYTORCH)
+def test_what_comes_with_pytorch_is_never_absent(name: str) -> None:
+    assert find_peer(name).load(None) == torch.__version__
+
+
+def test_a_gathered_cache_is_right_where_it_is_not_refused() -> None:
+    inputs = call_of(replace(GQA, lse=False))
+    assert_right(inputs, *answer("gathered-sdpa", inputs))
 
 
 @pytest.mark.parametrize("file", ["library.so", "library.so.xz"])
@@ -232,7 +240,7 @@ def test_flex_attention_is_right_over_a_packed_cache(case: Case) -> None:
 
 
 def stand_in_for_vllm(monkeypatch: pytest.MonkeyPatch, file: str, record: Record) -> None:
-    monkeypatch.setitem(sys.modules, f"vllm.v1.attention.ops.{file}", record)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, f"vllm.v1.attention.ops.{file}", record)
 
 
 def test_a_module_that_is_there_is_the_one_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,8 +334,8 @@ def test_flash_attn_is_given_scales_a_window_and_a_schedule(monkeypatch: pytest.
     assert [(scale.shape, scale.dtype) for scale in args[21:23]] == [((2, 2), torch.float32)] * 2
     assert (args[25:28], args[30], args[34:36]) == ((9, 0, 5.0), 3, (2, 1))
     assert args[33] is more["s_aux"]
-    schedule = args[29]
-    assert (schedule[:4], schedule[14], schedule[16:19]) == ((2, 3, 70, 8), 16, (True, 9, 0))
+    schedule, longest = args[29], inputs.kwargs["max_seqlen_k"]
+    assert (schedule[:4], schedule[14], schedule[16:19]) == ((2, 3, longest, 8), 16, (True, 9, 0))
 
 
 # FlashInfer.

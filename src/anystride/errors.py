@@ -62,7 +62,8 @@ class UnsupportedError(AnystrideError, NotImplementedError):
     """The call is valid, but no backend here, or not the one that was asked for, can run it.
 
     Attributes:
-        refusals: For each backend that was asked, every reason why it cannot run the call.
+        refusals: For each backend that was asked, every reason why it cannot run the call. From
+            ``anystride.adapters``: for each argument of the original that cannot be passed on.
     """
 
     def __init__(self, first_line: str, call: str, refusals: dict[str, list[str]], do: str) -> None:

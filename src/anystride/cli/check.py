@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,6 +75,7 @@ def check(
             "isolate": not no_isolation,
             "peers_folder": peers,
         }
+        sys.path.insert(0, str(Path.cwd()))  # a command has no folder of its caller's there, as python -m has
         reports = _run(console, names, asked, json)
     show_reports(console, reports)
     if html:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from anystride.peers.peer import Call, Peer, Refused
+from anystride.peers.calls import refuse_but
+from anystride.peers.peer import Call, Peer
 
 __all__ = ["GATHERED_SDPA"]
 
@@ -168,8 +169,10 @@ def _load(_folder: Path | None) -> str:
 
 
 def _prepare(kwargs: dict[str, Any]) -> Call:
-    if any(kwargs.get(f"{name}_scale_cache") is not None for name in "kv"):
-        raise Refused("no scales of rows")
+    refuse_but(
+        kwargs, "q_v", "alibi_slopes", "s_aux", "q_descale", "k_descale", "v_descale", "window_size",
+        "softcap", "cp_world_size", "batch_invariant", "block_table", "num_splits",
+    )  # fmt: skip
     return lambda: (_attend(kwargs), None)
 
 

@@ -27,7 +27,8 @@ Prepare = Callable[[dict[str, Any]], Callable[[], Any]]
 
 HUGE_BYTES = 12 << 30  # a layout beyond 2^31 elements takes up to 9 GB, and its checks some more
 STALE_BYTES = (1 << 9, 1 << 12, 1 << 15, 1 << 18, 1 << 18, 1 << 20, 1 << 20, 20 << 20)
-LONG, LONG_ON_CPU = 8192, 1024  # tokens: enough for a split of the work to be as fine as it gets
+LONG = 8192  # tokens: enough for a split of the work to be as fine as it gets
+LONG_ON_CPU = 4 << 20  # bytes of K: more than a workspace that a processor's cache bounds
 SOME, MORE = 32, 160  # spare blocks, to see whether a kernel's memory grows with the cache
 
 
@@ -45,6 +46,10 @@ class Answers(NamedTuple):
 
 class LeftOut(Exception):
     """The trial needs what this machine does not have; the message says what."""
+
+
+class _DeviceLost(Exception):
+    """A call that looks for copies broke the device; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ class Trials:
             inputs = trial.inputs(self.device)
         except torch.OutOfMemoryError:
             raise LeftOut("there is not enough free memory for the cache") from None
+        right = self._answers_of(inputs)  # before the call, which may write to the cache
         _leave_stale_memory(self.device)
         try:
             result = self._call(inputs)
@@ -147,7 +153,6 @@ class Trials:
         out, lse = result if isinstance(result, tuple) else (result, None)
         if lse is None and trial.of == "lse":
             return replace(found, verdict=Verdict.REFUSED, message="it returns no lse")
-        right = self._answers_of(inputs)
         wrong = _lse_complaint(lse, right) if trial.of == "lse" else _complaint(inputs, out, lse, right)
         found = replace(found, error=wrong.error, allowed=wrong.allowed)
         if wrong.complaint:
@@ -155,7 +160,11 @@ class Trials:
             return replace(found, verdict=Verdict.WRONG, message=first, where=wrong.where)
         if lse is None and trial.case.lse:
             found = replace(found, message="no lse")
-        copied = self._copied(trial)
+        try:
+            copied = self._copied(trial)
+        except _DeviceLost as why:
+            text = f"right, but with a longer or larger cache of this layout: {why}"
+            return replace(found, verdict=Verdict.CRASHED, message=text)
         if copied:
             text = f"memory grew by {copied:,} bytes with the cache"
             return replace(found, verdict=Verdict.COPIED, message=text, copied_bytes=copied)
@@ -227,7 +236,7 @@ class Trials:
         if trial.layout.lone or (form in self._gathers and peak - least < used / 2):
             return self._gathers.get(form, 0)
         n = min(2, case.batch)
-        tokens = LONG if self.device.type == "cuda" else LONG_ON_CPU
+        tokens = LONG if self.device.type == "cuda" else LONG_ON_CPU // (n * row)
         once, twice = (
             self._peak(trial, replace(case, seqused_k=(length,) * n, q_lens=case.q_lens[:n]))
             for length in (tokens, 2 * tokens)
@@ -240,7 +249,10 @@ class Trials:
         inputs = replace(trial, case=case).inputs(self.device, spare_blocks=spare_blocks, guard=False)
         try:
             return self._most_bytes(inputs)
-        except Exception:  # it did the case itself, so that this says nothing of copies
+        except Exception as failure:  # it did the case itself, so that this says nothing of copies
+            broken = self._broken()
+            if broken:
+                raise _DeviceLost(broken) from failure
             return 0
 
     def _demand(self, needed: int) -> None:
