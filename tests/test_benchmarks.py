@@ -32,7 +32,8 @@ from anystride.bench.suites import SUITES, Row, packed_layouts, rows_of
 from anystride.cli import app
 from anystride.cli.bench_plots import draw_plots
 from anystride.peers import Absent, Peer, Refused
-from anystride.testing import Case, compatible, find_case, find_layout, make_inputs
+from anystride.testing import Case, Storage, compatible, find_case, find_layout, make_inputs
+from anystride.testing.inputs import cache_shape
 from anystride.testing.judgement import plain
 
 CPU = torch.device("cpu")
@@ -46,6 +47,12 @@ MIXED = replace(SPLIT, name="mixed", kv_dtype=E4M3, rope_as_q=True, scale_caches
 # ---------------------------------------------------------------------------------------------------
 # What a case costs: numbers worked out by hand.
 # ---------------------------------------------------------------------------------------------------
+
+
+def stored(case: Case, layout: str = "") -> Storage:
+    """A cache of the case, in buffers of their own if no layout is named, or in MLA's row."""
+    name = layout or {"kv": "G16", "row": "M1", "q_v": "M9"}[case.form]
+    return find_layout(name).build(cache_shape(case))
 
 
 @pytest.mark.parametrize(
@@ -62,14 +69,26 @@ MIXED = replace(SPLIT, name="mixed", kv_dtype=E4M3, rope_as_q=True, scale_caches
     ids=lambda x: getattr(x, "name", ""),
 )
 def test_the_bytes_of_a_key(case: Case, a_key: int) -> None:
-    assert bytes_of_key(case) == a_key
+    there = stored(case)
+    assert bytes_of_key(case, there) == a_key
     per_query = case.d_qk + case.d_v * (2 if case.form == "q_v" else 1)
-    assert bytes_to_move(case) == 900 * a_key + 3 * 8 * per_query * 2
+    assert bytes_to_move(case, there) == 900 * a_key + 3 * 8 * per_query * 2
+
+
+def test_bytes_that_are_shared_count_once_wherever_they_lie() -> None:
+    assert bytes_of_key(PLAIN, stored(PLAIN, "A-expanded-heads")) == 2 * 64 * 2
+    row = 576 * 2
+    assert bytes_of_key(MLA, stored(MLA, "M2")) == row
+    assert bytes_of_key(MLA, stored(MLA, "A-gap")) == row + 512 * 2
+    assert bytes_of_key(MLA, stored(MLA, "A-overlap")) == row + 256 * 2
+    assert bytes_of_key(MLA, stored(MLA, "A-same-pointer")) == row + (512 - 288) * 2
 
 
 def test_a_window_counts_the_keys_in_it() -> None:
     window = replace(PLAIN, window=(127, 0))
-    assert bytes_to_move(PLAIN) - bytes_to_move(window) == 3 * (300 - 128) * 512
+    assert (
+        bytes_to_move(PLAIN, stored(PLAIN)) - bytes_to_move(window, stored(window)) == 3 * (300 - 128) * 512
+    )
     assert operations(window) * 300 == operations(PLAIN) * 128
 
 
@@ -96,7 +115,9 @@ def test_pairs_and_rows_are_those_that_are_not_masked(case: Case) -> None:
         keys += len(seen)
     both = case.d_qk + case.d_v * (2 if case.form == "q_v" else 1)
     assert operations(case) == 2 * pairs * 8 * both
-    assert bytes_to_move(case) == keys * bytes_of_key(case) + sum(case.q_lens) * 8 * both * 2
+    there = stored(case)
+    queries = sum(case.q_lens) * 8 * both * 2
+    assert bytes_to_move(case, there) == keys * bytes_of_key(case, there) + queries
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -262,7 +283,7 @@ def test_who_is_wrong_or_refuses_has_a_note_and_no_time(bench: Bench) -> None:
         assert (line.samples > 0) == is_ours
         assert (line.note == "") == is_ours
         assert (line.suite, line.case, line.layout) == ("cpu", "tiny-gqa", "G2-vllm-nhd")
-        assert line.bytes == bytes_to_move(case)
+        assert line.bytes == bytes_to_move(case, stored(case))
         assert line.flop == operations(case)
         assert line.host_us is None
         if line.median_us is not None:
@@ -363,8 +384,7 @@ def test_fp8_numbers_are_counted() -> None:
 def line(
     kernel: str = "anystride hopper", us: float | None = 100.0, spread: float = 1.0, **more: Any
 ) -> Line:
-    """A line with quartiles at ``spread`` (1 us) on both sides of the median."""
-    spread = more.pop("spread", 1.0)
+    """A line with quartiles at ``spread`` on both sides of the median."""
     facts: dict[str, Any] = {
         "suite": "mla", "case": "one", "layout": "M1-combined", "version": "1", "samples": 50,
         "host_us": 12.5, "bytes": 10**9, "flop": 10**11, "note": "", "read": 3e12, "product": 7e14,

@@ -262,7 +262,8 @@ def get_scheduler_metadata(
             tokens already, and sequences begin at their first block.
         page_size, has_softcap, pack_gqa, num_splits: Accepted; they change nothing in a schedule. A call
             with ``num_splits`` above 0 needs none and ignores it.
-        causal, window_size: As in the calls.
+        causal, window_size: As in the calls; under context parallelism without a window, as shards are
+            visited whole.
         sm_margin: Processors to leave free.
 
     Returns:

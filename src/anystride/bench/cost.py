@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 from anystride.problem import FP8_DTYPES
-from anystride.testing.cases import GROUPS, Case
+from anystride.testing import Case, Storage
+from anystride.testing.cases import GROUPS
 
 __all__ = ["bytes_of_key", "bytes_to_move", "operations"]
 
@@ -24,24 +27,36 @@ def _ranges(case: Case) -> list[list[tuple[int, int]]]:
     ]
 
 
-def bytes_of_key(case: Case) -> int:
-    """Bytes of a token's rows of K and V in all heads, bytes that both share once, with their scales."""
-    k, v = case.d_qk * case.torch_k_dtype.itemsize, case.d_v * case.torch_kv_dtype.itemsize
+def bytes_of_key(case: Case, storage: Storage) -> int:
+    """Bytes of a token's rows of K and V in all heads, with their scales.
+
+    What K and V share, or heads, counts once: the addresses say so, whatever the case's form.
+
+    Args:
+        case: What is asked.
+        storage: Where K and V lie.
+    """
+    seen: dict[tuple[int, int], int] = {}  # buffer and element: its bytes
+    for geometry in (storage.k_geometry, storage.v_geometry):
+        size = storage.buffers[geometry.buffer].itemsize
+        _, _, _, heads, d = geometry.size
+        _, _, _, stride_head, stride_dim = geometry.stride
+        for head, dim in itertools.product(range(heads), range(d)):
+            seen[geometry.buffer, geometry.offset + head * stride_head + dim * stride_dim] = size
     scaled = sum(dtype in FP8_DTYPES for dtype in (case.torch_k_dtype, case.torch_kv_dtype))
     scales = {"": 0, "rows": case.num_kv_heads, "groups": GROUPS}[case.scale_caches] * scaled
-    return case.num_kv_heads * (k if case.form == "row" else k + v) + 4 * scales
+    return sum(seen.values()) + 4 * scales
 
 
-def bytes_to_move(case: Case) -> int:
+def bytes_to_move(case: Case, storage: Storage) -> int:
     """Bytes that any implementation must move: each row that a query sees once, q, q_v, and out."""
     keys = sum(
         max((last for _, last in seen), default=0) - min((first for first, _ in seen), default=0)
         for seen in _ranges(case)
     )
     per_query = case.d_qk + case.d_v * (2 if case.form == "q_v" else 1)
-    return keys * bytes_of_key(case) + (
-        case.total_q * case.num_q_heads * per_query * case.torch_dtype.itemsize
-    )
+    queries = case.total_q * case.num_q_heads * per_query * case.torch_dtype.itemsize
+    return keys * bytes_of_key(case, storage) + queries
 
 
 def operations(case: Case) -> int:

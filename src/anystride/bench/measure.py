@@ -216,7 +216,7 @@ class Bench:
         found = _Found()
         for kernel in self._kernels:
             found.try_one(kernel.title, functools.partial(kernel.prepare, inputs), fault, cuda)
-        moved = bytes_to_move(case)
+        moved = bytes_to_move(case, inputs.storage)
         yardsticks: dict[str, tuple[Call, int]] = {}
         if cuda:
             data = torch.zeros(max(1, moved // 8), dtype=torch.int64, device=self._clock.device)
@@ -286,7 +286,7 @@ def _copy(inputs: Inputs) -> tuple[Call, int]:
     """
     case = inputs.case
     views: list[Tensor] = [inputs.kwargs["k"]]
-    if case.form != "row":
+    if inputs.layout.relation(inputs.storage.shape).kind != "v_in_k":
         views.append(inputs.kwargs["v"])
     used = sum(-(-length // case.block_size) for length in inputs.lengths)
     pages = -(-used // case.blocks_per_page)

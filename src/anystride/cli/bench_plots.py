@@ -72,7 +72,7 @@ def _roofline(lines: Sequence[Line]) -> Figure | None:
     low, high = min(*xs, knee) / 2, max(*xs, knee) * 2
     axes.plot([low, knee, high], [low * read / 1e12, product / 1e12, product / 1e12], color="0.3", lw=1)
     near: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
-    axes.annotate(f"{read / 1e9:.0f} GB/s read", (low, low * read / 1e12), (4, 14), **near)
+    axes.annotate(f"{read / 1e9:.0f} GB/s read", (low, low * read / 1e12), (0, 26), **near)
     text = f"{product / 1e12:.3g} TFLOP/s matrix product"
     axes.annotate(text, (high, product / 1e12), (-4, 4), ha="right", **near)
     for nth, kernel in enumerate(dict.fromkeys(line.kernel for line in timed)):
