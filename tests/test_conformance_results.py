@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("rich")
-from anystride.cli.check_summary import layout_cell, layouts_by_family, probe_cell, probes_of
+from anystride.cli.check_summary import Cell, layout_cell, layouts_by_family, probe_cell, probes_of
 from anystride.testing.report import Report, load_reports
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -20,34 +21,19 @@ SHORT = {
 }  # fmt: skip
 
 
-def cell(found: object) -> str:
-    """A verdict, and how many of the calls that were taken came to it."""
-    return str(found) if found is not None else "-"
-
-
-def table(first: str, names: list[str], look: object) -> str:
+def table(first: str, names: list[str], look: Callable[[Report, str], Cell | None]) -> str:
     titles = [SHORT.get(report.title, report.title) for report in REPORTS]
     lines = [f"| {first} | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for name in names:
-        cells = [cell(look(report, name)) for report in REPORTS]  # type: ignore[operator]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        cells = (look(report, name) for report in REPORTS)
+        lines.append(f"| {name} | {' | '.join('-' if cell is None else cell.text for cell in cells)} |")
     return "\n".join(lines)
 
 
-def of_probe(report: Report, probe: str) -> str | None:
-    found = probe_cell(report, probe)
-    return None if found is None else found.text
-
-
-def of_layout(report: Report, layout: str) -> str | None:
-    found = layout_cell(report, layout)
-    return None if found is None else found.text
-
-
 def tables() -> dict[str, str]:
-    made = {"probes": table("probe", probes_of(REPORTS), of_probe)}
+    made = {"probes": table("probe", probes_of(REPORTS), probe_cell)}
     for family, layouts in layouts_by_family(REPORTS).items():
-        made[family] = table(f"layout, {family}", layouts, of_layout)
+        made[family] = table(f"layout, {family}", layouts, layout_cell)
     return made
 
 

@@ -17,7 +17,7 @@ import anystride
 from anystride.explanation import Explanation
 from anystride.plan import NAMES
 
-__all__ = ["processor", "report"]
+__all__ = ["processor", "report", "version_of"]
 
 # Packages that are used where they are found, or that a report is often about.
 PACKAGES = ("triton", "numpy", "rich", "typer", "matplotlib", "vllm", "transformers")
@@ -52,12 +52,16 @@ def _versions() -> list[tuple[str, str]]:
         ("system", platform.platform()),
         ("torch", f"{torch.__version__} ({build})"),
     ]
-    for package in PACKAGES:
-        try:
-            rows.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            rows.append((package, "not installed"))
+    rows += [(package, version_of(package) or "not installed") for package in PACKAGES]
     return rows
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, "" if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _devices() -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anystride.testing import Inputs
-from anystride.testing.judgement import compare, plain, reference
+from anystride.testing.judgement import compare, hidden_keys, plain, reference
 from anystride.testing.law import dequantised
 from anystride.testing.storage import slots
 
@@ -98,13 +98,7 @@ def _plain(inputs: Inputs, seq: int, dtype: torch.dtype) -> Tensor:
     length, device = len(keys), keys.device
     q_by, k_by, v_by = (_factor(kwargs, name, seq, case.num_kv_heads).to(dtype) for name in "qkv")
     own = length - n + torch.arange(n, device=device)[:, None]
-    key = torch.arange(length, device=device)
-    left, right = case.window[0], 0 if case.causal else case.window[1]
-    hidden = torch.zeros(n, length, dtype=torch.bool, device=device)
-    if left >= 0:
-        hidden |= key < own - left
-    if right >= 0:
-        hidden |= key > own + right
+    hidden = hidden_keys(case, torch.arange(length, device=device), own)
     out = torch.empty(n, case.num_q_heads, case.d_v, dtype=dtype, device=device)
     group = case.group_size
     for head in range(case.num_kv_heads):

@@ -7,7 +7,6 @@ import functools
 import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,16 @@ from anystride.bench.cost import bytes_to_move, operations
 from anystride.bench.gate import gate_for
 from anystride.bench.lines import COPY, OURS, PLAIN_COPY, PURE_READ, Line
 from anystride.bench.suites import Row
-from anystride.collect_env import processor
+from anystride.collect_env import processor, version_of
 from anystride.peers import PEERS, Absent, Peer
 from anystride.peers.folder import VLLM_VERSION
 from anystride.plan import SCHEDULED
 from anystride.testing import Inputs, make_inputs
+from anystride.testing.choice import BACK_ENDS
 
-__all__ = ["BACK_ENDS", "Bench", "Kernel", "commit", "device_type", "kernels"]
+__all__ = ["Bench", "Kernel", "commit", "device_type", "kernels"]
 
 GATHERED = "gathered-sdpa"  # the yardstick on CPUs; on a GPU its loop over sequences says nothing
-BACK_ENDS = {"cpu": ("cpu",), "cuda": ("hopper", "triton")}  # of ours, where none is asked for
 
 Call = Callable[[], Any]
 
@@ -92,13 +91,6 @@ def kernels(
     return found, absent
 
 
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
 def commit() -> str:
     """The commit that runs, as far as git can tell."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -124,7 +116,7 @@ def _facts(clock: Clock, of_commit: str) -> Line:
     return Line(
         suite="", case="", layout="", kernel="", version="", median_us=None, q1_us=None, q3_us=None,
         samples=0, host_us=None, bytes=0, flop=0, note="", read=tops["read"], product=tops["product"],
-        cold=clock.is_cold, device=name, torch=torch.__version__, triton=_version_of("triton"),
+        cold=clock.is_cold, device=name, torch=torch.__version__, triton=version_of("triton"),
         anystride=anystride.__version__, commit=of_commit, date=date,
     )  # fmt: skip
 

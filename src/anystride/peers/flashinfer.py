@@ -75,6 +75,13 @@ def _mla(kwargs: dict[str, Any], backend: str) -> Call:
     return run
 
 
+def _pages(kwargs: dict[str, Any], block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each sequence's pages begin, the ids of all, and how full the last of each is."""
+    lengths = kwargs["seqused_k"]
+    last = torch.where(lengths > 0, (lengths - 1) % block + 1, 0).int()
+    return *blocks_in_use(kwargs["block_table"], lengths, block), last
+
+
 def _features(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of ``plan`` of both wrappers for K and V of their own."""
     left, right = kwargs.get("window_size") or (-1, -1)
@@ -97,13 +104,11 @@ def _scales(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _paged(kwargs: dict[str, Any], backend: str) -> Call:
     refuse_but(kwargs, "window_size", "softcap", "q_descale", "k_descale", "v_descale", "s_aux")
     q, k, v = kwargs["q"], four_dims(kwargs["k"], "k"), four_dims(kwargs["v"], "v")
-    lengths, block, rows = kwargs["seqused_k"], k.shape[1], int(kwargs["cu_seqlens_q"][-1])
-    starts, ids = blocks_in_use(kwargs["block_table"], lengths, block)
+    block, rows = k.shape[1], int(kwargs["cu_seqlens_q"][-1])
     module = importlib.import_module("flashinfer.prefill")
     wrapper = module.BatchPrefillWithPagedKVCacheWrapper(_workspace(q.device), "NHD", backend=backend)
-    last = torch.where(lengths > 0, (lengths - 1) % block + 1, 0).int()
     wrapper.plan(
-        kwargs["cu_seqlens_q"], starts, ids, last, q.shape[1], k.shape[2], q.shape[2], block,
+        kwargs["cu_seqlens_q"], *_pages(kwargs, block), q.shape[1], k.shape[2], q.shape[2], block,
         head_dim_vo=v.shape[3], causal=bool(kwargs.get("causal", False)), **_features(kwargs),
     )  # fmt: skip
     return _run(kwargs, wrapper, q[:rows], (k, v))
@@ -118,12 +123,10 @@ def _decode(kwargs: dict[str, Any]) -> Call:
             "K and V of one head dimension": k.shape[3] == v.shape[3],
         }
     )
-    lengths, block, rows = kwargs["seqused_k"], k.shape[1], int(kwargs["cu_seqlens_q"][-1])
-    starts, ids = blocks_in_use(kwargs["block_table"], lengths, block)
+    block, rows = k.shape[1], int(kwargs["cu_seqlens_q"][-1])
     module = importlib.import_module("flashinfer.decode")
     wrapper = module.BatchDecodeWithPagedKVCacheWrapper(_workspace(q.device), "NHD", use_tensor_cores=True)
-    last = torch.where(lengths > 0, (lengths - 1) % block + 1, 0).int()
-    wrapper.plan(starts, ids, last, q.shape[1], k.shape[2], q.shape[2], block, **_features(kwargs))
+    wrapper.plan(*_pages(kwargs, block), q.shape[1], k.shape[2], q.shape[2], block, **_features(kwargs))
     return _run(kwargs, wrapper, q[:rows], (k, v))
 
 

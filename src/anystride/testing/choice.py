@@ -8,7 +8,7 @@ from anystride.peers import PEERS
 from anystride.plan import NAMES
 from anystride.testing.report import Report, Verdict
 
-__all__ = ["ALL", "exit_code", "kernels_asked_for", "words"]
+__all__ = ["ALL", "BACK_ENDS", "exit_code", "kernels_asked_for", "words"]
 
 ALL = "all"
 BACK_ENDS = {"cpu": ("cpu",), "cuda": ("hopper", "triton")}  # those chosen unasked; elsewhere it is triton

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from anystride import flash_attn_varlen_func
+from anystride.testing.cases import Case
 from anystride.testing.inputs import Inputs
 from anystride.testing.law import dequantised, law
 from anystride.testing.storage import read
 
 __all__ = [
-    "Comparison", "assert_close_as_plain", "assert_right", "attend", "compare", "plain", "reference",
+    "Comparison", "assert_close_as_plain", "assert_right", "attend", "compare", "hidden_keys", "plain",
+    "reference",
 ]  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def plain(inputs: Inputs) -> tuple[Tensor, Tensor]:
         float32 (of the rounded scores), on the device of the inputs. Rows of no sequence are NaN.
     """
     kwargs, case = inputs.kwargs, inputs.case
-    q, device = kwargs["q"], kwargs["q"].device
+    q = kwargs["q"]
     out = q.new_full((*q.shape[:2], case.d_v), float("nan"))
     lse = q.new_full((q.shape[1], q.shape[0]), float("nan"), dtype=torch.float32)
     k_rows, v_rows = (
@@ -93,12 +95,7 @@ def plain(inputs: Inputs) -> tuple[Tensor, Tensor]:
             slopes = kwargs["alibi_slopes"]
             slopes = slopes[seq] if slopes.dim() == 2 else slopes
             scores = scores - (slopes[:, None, None] * (centre - position).abs()).to(q.dtype)
-        left, right = case.window[0], 0 if case.causal else case.window[1]
-        hidden = torch.zeros(n, length, dtype=torch.bool, device=device)
-        if left >= 0:
-            hidden |= position < centre - left
-        if right >= 0:
-            hidden |= position > centre + right
+        hidden = hidden_keys(case, position, centre)
         scores = scores.masked_fill(hidden, float("-inf"))
         if case.sinks:
             sink = kwargs["s_aux"].to(q.dtype)[:, None, None].expand(-1, n, 1)
@@ -108,6 +105,23 @@ def plain(inputs: Inputs) -> tuple[Tensor, Tensor]:
         out[rows] = ((weights @ v) * v_scale.to(q.dtype)).transpose(0, 1)
         lse[:, rows] = scores.float().logsumexp(-1).masked_fill(empty, float("-inf"))
     return out, lse
+
+
+def hidden_keys(case: Case, position: Tensor, centre: Tensor) -> Tensor:
+    """Which keys causality and the window hide from which queries: ``[n, length]`` bool.
+
+    Args:
+        case: What is asked.
+        position: Of the keys in their whole sequence, ``[length]``.
+        centre: Of the queries, ``[n, 1]``.
+    """
+    left, right = case.window[0], 0 if case.causal else case.window[1]
+    hidden = torch.zeros(len(centre), len(position), dtype=torch.bool, device=position.device)
+    if left >= 0:
+        hidden |= position < centre - left
+    if right >= 0:
+        hidden |= position > centre + right
+    return hidden
 
 
 class Comparison(NamedTuple):

@@ -6,12 +6,12 @@ import functools
 import importlib
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import anystride
+from anystride.collect_env import version_of
 from anystride.plan import NAMES
 from anystride.testing.trial import Kernel, Prepare
 
@@ -53,7 +53,7 @@ def load(kernel: Kernel | str, peers: Path | None = None) -> Subject:
     module, colon, function = kernel.partition(":")
     if colon:
         found = functools.reduce(getattr, function.split("."), importlib.import_module(module))
-        return Subject(kernel, kernel, _version_of(module), found)  # type: ignore[arg-type]
+        return Subject(kernel, kernel, version_of(module.partition(".")[0]), found)  # type: ignore[arg-type]
     from anystride.peers import Absent, find_peer
 
     demand_name(kernel)
@@ -84,17 +84,10 @@ def facts_of(device: torch.device) -> tuple[str, dict[str, str]]:
     versions = {
         "anystride": anystride.__version__,
         "torch": torch.__version__,
-        "triton": _version_of("triton"),
+        "triton": version_of("triton"),
     }
     versions["python"] = platform.python_version()
     if device.type == "cuda":
         versions["cuda"] = str(torch.version.cuda)
         return torch.cuda.get_device_name(device), versions
     return f"{device.type}, {platform.machine()}", versions
-
-
-def _version_of(module: str) -> str:
-    try:
-        return version(module.partition(".")[0])
-    except PackageNotFoundError:
-        return ""
