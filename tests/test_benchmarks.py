@@ -248,6 +248,10 @@ def _no_memory(_kwargs: dict[str, Any]) -> Any:
     raise torch.OutOfMemoryError("1 GB was asked for")
 
 
+def _fatal(_kwargs: dict[str, Any]) -> Any:
+    raise AssertionError("rows off 16 bytes were given to a peer that loses the device on them")
+
+
 # On a CPU the gathered one is all that is called: so all go by its name.
 PEERS = [
     Peer("gathered-sdpa", "missing", "", _absent, _wrong),
@@ -262,6 +266,14 @@ def bench() -> Bench:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "PEERS", PEERS)
         return Bench(CPU, ("cpu", "reference"), rounds=1, of_commit="abc1234")
+
+
+@pytest.mark.parametrize(("layout", "off"), [("A-odd-page", True), ("A-off-by-one", True), ("G20", False)])
+def test_a_peer_is_spared_the_rows_on_which_it_loses_the_device(layout: str, off: bool) -> None:
+    inputs = make_inputs(find_case("tiny-gqa"), find_layout(layout), CPU)
+    fragile = Peer("fragile", "Fragile", "", lambda _: "1.0", _fatal, crashes_off_16_bytes=True)
+    with pytest.raises(Refused if off else AssertionError, match="rows off 16 bytes"):
+        measure._of_peer(inputs, fragile)
 
 
 def test_who_is_wrong_or_refuses_has_a_note_and_no_time(bench: Bench) -> None:

@@ -58,7 +58,7 @@ NAMED: dict[str, dict[str, set[str]]] = {
     "table columns": {"WRONG": {"strided block table"}},
     "power of two": {"WRONG": {"odd blocks"}},
     "empty unwritten": {"WRONG": {"empty sequences", "stale output", "lse convention"}},
-    "empty divides": {"WRONG": {"empty sequences", "stale output"}},
+    "empty divides": {"WRONG": {"empty sequences", "several query tokens", "stale output"}},
     "wide rows": {"WRONG": {"NaN tails", "NaN null block", "NaN in gaps"}},
     "base 2": {"WRONG": {"lse convention"}},
     "lse +inf": {"WRONG": {"lse convention"}},

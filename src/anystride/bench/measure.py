@@ -21,7 +21,8 @@ from anystride.bench.gate import gate_for
 from anystride.bench.lines import COPY, OURS, PLAIN_COPY, PURE_READ, Line
 from anystride.bench.suites import Row
 from anystride.collect_env import processor, version_of
-from anystride.peers import PEERS, Absent, Peer
+from anystride.peers import PEERS, Absent, Peer, Refused
+from anystride.peers.calls import rows_off_16_bytes
 from anystride.peers.folder import VLLM_VERSION
 from anystride.plan import SCHEDULED
 from anystride.testing import Inputs, make_inputs
@@ -56,6 +57,8 @@ def _ours(inputs: Inputs, backend: str) -> Call:
 
 
 def _of_peer(inputs: Inputs, peer: Peer) -> Call:
+    if peer.crashes_off_16_bytes and any(rows_off_16_bytes(inputs.kwargs[name]) for name in "kv"):
+        raise Refused("by this benchmark: rows off 16 bytes, on which it loses the device (docs/repro)")
     return peer.prepare(inputs.kwargs)
 
 

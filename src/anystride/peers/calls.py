@@ -9,7 +9,9 @@ from torch import Tensor
 
 from anystride.peers.peer import Refused
 
-__all__ = ["blocks_in_use", "demand", "four_dims", "query_counts", "refuse_but", "whole"]
+__all__ = [
+    "blocks_in_use", "demand", "four_dims", "query_counts", "refuse_but", "rows_off_16_bytes", "whole",
+]  # fmt: skip
 
 
 def demand(reasons: dict[str, bool]) -> None:
@@ -64,6 +66,12 @@ def refuse_but(kwargs: dict[str, Any], *takes: str) -> None:
     asked = [text for name, text in _features(kwargs).items() if name not in takes]
     if asked:
         raise Refused(f"no argument for {', '.join(asked)}")
+
+
+def rows_off_16_bytes(cache: Tensor) -> bool:
+    """Whether some row of ``[..., d]`` begins at no multiple of 16 bytes."""
+    steps = [stride for size, stride in zip(cache.shape[:-1], cache.stride(), strict=False) if size > 1]
+    return cache.data_ptr() % 16 != 0 or any(step * cache.itemsize % 16 for step in steps)
 
 
 def query_counts(kwargs: dict[str, Any]) -> list[int]:

@@ -77,5 +77,6 @@ def _prepare(kwargs: dict[str, Any]) -> Call:
 
 
 FLASH_ATTN_3 = Peer(
-    "flash-attn-3", "FlashAttention-3", "fwd, what flash_attn_varlen_func calls", _load, _prepare
-)
+    "flash-attn-3", "FlashAttention-3", "fwd, what flash_attn_varlen_func calls", _load, _prepare,
+    crashes_off_16_bytes=True,
+)  # fmt: skip

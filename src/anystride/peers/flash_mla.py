@@ -64,5 +64,6 @@ def _prepare(kwargs: dict[str, Any]) -> Call:
 
 
 FLASH_MLA = Peer(
-    "flash-mla", "FlashMLA", "dense_decode_fwd, what flash_mla_with_kvcache calls", _load, _prepare
-)
+    "flash-mla", "FlashMLA", "dense_decode_fwd, what flash_mla_with_kvcache calls", _load, _prepare,
+    crashes_off_16_bytes=True,
+)  # fmt: skip

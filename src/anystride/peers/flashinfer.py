@@ -153,11 +153,11 @@ def _by_family(kwargs: dict[str, Any], backend: str) -> Call:
 WRAPPERS = "BatchMLAPagedAttentionWrapper and BatchPrefillWithPagedKVCacheWrapper"
 FLASHINFER_FA2 = Peer(
     "flashinfer-fa2", "FlashInfer fa2", f"{WRAPPERS}, backend fa2", _load,
-    functools.partial(_by_family, backend="fa2"),
+    functools.partial(_by_family, backend="fa2"), crashes_off_16_bytes=True,
 )  # fmt: skip
 FLASHINFER_FA3 = Peer(
     "flashinfer-fa3", "FlashInfer fa3", f"{WRAPPERS}, backend fa3", _load,
-    functools.partial(_by_family, backend="fa3"),
+    functools.partial(_by_family, backend="fa3"), crashes_off_16_bytes=True,
 )  # fmt: skip
 FLASHINFER_DECODE = Peer(
     "flashinfer-decode",
@@ -165,4 +165,5 @@ FLASHINFER_DECODE = Peer(
     "BatchDecodeWithPagedKVCacheWrapper with tensor cores",
     _load,
     _decode,
+    crashes_off_16_bytes=True,
 )

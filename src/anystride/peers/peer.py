@@ -36,6 +36,8 @@ class Peer:
             returns its version. Raises ``Absent``.
         prepare: Takes the arguments of ``flash_attn_varlen_func`` by name, without ``backend``; raises
             ``Refused``. Nothing of what it does belongs to a layer of a model: what a step's layers share.
+        crashes_off_16_bytes: Whether it loses the device where rows of K or V begin at no multiple of 16
+            bytes, as the scripts in docs/repro show. The kit calls it all the same, in a process of its own.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Peer:
     about: str
     load: Callable[[Path | None], str]
     prepare: Callable[[dict[str, Any]], Call]
+    crashes_off_16_bytes: bool = False
 
     def kernel(self, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor | None]:
         """Make one call: ``flash_attn_varlen_func`` of this peer. Raises ``Refused``.
