@@ -21,6 +21,7 @@ import torch
 from originals import assert_as_stated, gqa_inputs, mla_inputs
 from torch import Tensor
 
+from anystride.adapters.flash_mla import flash_mla_with_kvcache
 from anystride.adapters.vllm_triton import decode_attention_fwd
 from anystride.peers import Absent, find_peer
 from anystride.peers.vllm_triton import load_file
@@ -62,7 +63,7 @@ def test_flash_mla(layout: str, queries: int) -> None:
         given["q"], given["k_cache"], 512, given["cache_seqlens"], given["block_table"], 576**-0.5, True,
         None, None, None,
     )[:2]  # fmt: skip
-    ours = flash_mla.flash_mla_with_kvcache(**given, causal=True)
+    ours = flash_mla_with_kvcache(**given, causal=True)
     assert_alike(ours, theirs, lambda dtype: flash_mla.stated(inputs, dtype, None, True))
 
 
