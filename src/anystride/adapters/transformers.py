@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,6 +45,8 @@ from anystride.adapters.translation import Refusal, query_starts, refuse
 from anystride.cache import store_kv
 
 __all__ = ["absorb", "register"]
+
+T = TypeVar("T")
 
 NAME = "anystride"
 PAGED = "paged|anystride"
@@ -88,7 +90,7 @@ _SLIDING = sliding_window_overlay(1).__code__
 def register() -> None:
     """Make ``attn_implementation="anystride"`` and ``"paged|anystride"`` known to transformers.
 
-    Call it once in a process, before a model is loaded with one of the names or set to it; again does no harm.
+    Call it in each process, before a model is loaded with one of the names or set to it; twice does no harm.
 
     What the two cannot do is refused when the model runs, by :class:`anystride.UnsupportedError` with the
     reason: training, ``output_attentions``, attention in both directions, biases, several sequences packed in
@@ -103,9 +105,10 @@ def register() -> None:
 def absorb(model: PreTrainedModel) -> PreTrainedModel:
     """Let DeepSeek-V3's attention read its compressed cache in place.
 
-    transformers caches latents, and expands those of all tokens to the keys and values of every head, in every
-    step and layer. Absorbed, ``kv_b_proj`` is applied to the new queries and outputs instead. In effect while
-    the model is set to ``attn_implementation="anystride"``; with other names it computes as before.
+    As it is in transformers, the cache holds latents, and each layer expands those of all tokens, in every
+    step, to the keys and values of every head. Absorbed, ``kv_b_proj`` is applied to the new queries and
+    outputs instead. In effect while the model is set to ``attn_implementation="anystride"``; with other names
+    it computes as before.
 
     Args:
         model: A model with ``DeepseekV3Attention`` layers. Changed in place.
@@ -220,16 +223,20 @@ def _without_padding(valid: Tensor, past: Tensor, end: Tensor, q_length: int, wi
     padding behind it is behind every valid query.
     """
     new = end & ~past
-    begun = (valid & new).cumsum(-1) > 0
-    seen = torch.where(new, begun, valid & past)
-    resumed = ((seen & ~valid).cumsum(-1) > 0) & valid & new
-    faults = [resumed.any()]
-    if window:  # counts positions, so that no position may be missing
-        faults.append(((seen.cumsum(-1) > 0) & ~seen & end).any())
+    seen = torch.where(new, (valid & new).cumsum(-1) > 0, valid & past)
+    faults = [_has_a_gap(valid & new)]
+    if window:  # counts positions, so that none may be missing
+        faults.append(_has_a_gap(seen))
     if torch.stack(faults).any():
         reason = "has padding between tokens, and queries are counted from the last key"
         raise _unsupported_mask(q_length, "attention_mask", reason)
     return seen
+
+
+def _has_a_gap(seen: Tensor) -> Tensor:
+    """Whether a row of ``[batch, n]`` has False between True and True: bool, no dimensions."""
+    begins = (seen[:, 1:] & ~seen[:, :-1]).sum(-1) + seen[:, 0]
+    return (begins > 1).any()
 
 
 def _unsupported_mask(q_length: int, name: str, reason: str) -> UnsupportedError:
@@ -293,10 +300,10 @@ def _attend(
     sliding_window: int | None,
     **options: Any,
 ) -> Tensor:
-    """Attention of ``[batch * q_length, num_q_heads, d]`` rows over a cache of ``[batch, heads, tokens, d]``."""
+    """Attention of rows, ``[batch * q_length, num_q_heads, d]``, over a cache as :func:`attend` gets it."""
     batch, _, kv_length, _ = key.shape
     if mask is None:  # each sequence is one block
-        table, lengths = _whole(batch, kv_length, key.device)
+        table, lengths = _constant(_whole, batch, kv_length, key.device)
         k, v = key.transpose(1, 2), value.transpose(1, 2)
         window = sliding_window or 0
     else:  # each sequence is a page of blocks of one token
@@ -308,8 +315,9 @@ def _attend(
         lengths, table = mask[:, 0, 0, 0], mask[:, 0, 0, 1:]
         k, v = key.transpose(1, 2).unsqueeze(2), value.transpose(1, 2).unsqueeze(2)
         window = mask.shape[2] - 1
+    starts = _constant(query_starts, batch, q_length, key.device)
     out = flash_attn_varlen_func(
-        rows, k, v, q_length, _starts(batch, q_length, key.device), kv_length,
+        rows, k, v, q_length, starts, kv_length,
         seqused_k=lengths, softmax_scale=scaling, causal=True, window_size=_pair(window), block_table=table,
         **options,
     )  # fmt: skip
@@ -317,12 +325,22 @@ def _attend(
     return out
 
 
+def _constant(make: Callable[[int, int, torch.device], T], batch: int, n: int, device: torch.device) -> T:
+    """``make(batch, n, device)``, the same for all layers of a step, and of later ones of its shape.
+
+    What a graph records is filled when it is replayed, so it is of no use to anybody else.
+    """
+    recorded = torch.compiler.is_compiling() or (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    )
+    return make(batch, n, device) if recorded else _remembered(make, batch, n, device)
+
+
 @lru_cache(maxsize=64)
-def _starts(batch: int, q_length: int, device: torch.device) -> Tensor:
-    return query_starts(batch, q_length, device)
+def _remembered(make: Callable[[int, int, torch.device], T], batch: int, n: int, device: torch.device) -> T:
+    return make(batch, n, device)
 
 
-@lru_cache(maxsize=8)  # a step's layers, one after the other, are alike
 def _whole(batch: int, kv_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Table ``[batch, 1]`` and lengths ``[batch]`` of full caches that keep each sequence in one piece."""
     table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
@@ -330,7 +348,7 @@ def _whole(batch: int, kv_length: int, device: torch.device) -> tuple[Tensor, Te
 
 
 def _pair(window: int) -> tuple[int, int]:
-    """transformers counts the query's own token in its window, and 0 is none."""
+    """The query's own token counts in a window of transformers, and 0 is none."""
     return (window - 1, 0) if window else (-1, -1)
 
 
@@ -531,8 +549,8 @@ def _unsupported_cache(cache: PagedAttentionCache | None, key: Tensor, value: Te
         reason, do = "was not given: this name is for continuous batching", "attn_implementation='anystride'"
     else:
         reason = (
-            f"has rows of {cache.head_dim}: transformers 5.17 sizes PagedAttentionCache for models whose keys "
-            "and values have head_dim dimensions, which MLA's have not"
+            f"has rows of {cache.head_dim} numbers, the model's head_dim, for keys and for values: "
+            "PagedAttentionCache of transformers 5.17 has no place for those of MLA"
         )
         do = "model.generate with attn_implementation='anystride', and absorb(model)"
     return UnsupportedError(
