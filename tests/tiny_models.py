@@ -26,10 +26,11 @@ from transformers.cache_utils import StaticLayer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import PagedAttentionCache
 
+import anystride
 from anystride.adapters import transformers as adapter
 
 __all__ = [
-    "NEW_TOKENS", "PROMPTS", "WINDOW", "Calls", "batch_of", "generate", "generate_batch", "make_model", "poison_pages",
+    "NEW_TOKENS", "PROMPTS", "Calls", "batch_of", "generate", "generate_batch", "make_model", "poison_pages",
     "poison_static_caches", "recorded",
 ]  # fmt: skip
 
@@ -112,7 +113,7 @@ def generate(model: PreTrainedModel, implementation: str, **options: Any) -> tup
     """Greedy tokens of each prompt, and all their logits, ``[prompts, NEW_TOKENS, vocab]``."""
     model.set_attn_implementation(implementation)
     inputs = batch_of(PROMPTS, model.device)
-    done: Any = model.generate(  # type: ignore[operator]
+    done: Any = model.generate(
         **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, disable_compile=True, output_logits=True,
         return_dict_in_generate=True, **options,
     )  # fmt: skip
@@ -123,7 +124,7 @@ def generate_batch(model: PreTrainedModel, implementation: str, **options: Any) 
     """The same tokens by continuous batching, at most 12 of them in a step."""
     model.set_attn_implementation(implementation)
     settings = {"block_size": 4, "num_blocks": 96, "max_batch_tokens": 12} | options
-    done = model.generate_batch(  # type: ignore[operator]
+    done = model.generate_batch(
         PROMPTS,
         GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=PAD),
         ContinuousBatchingConfig(**settings),
@@ -142,11 +143,10 @@ class Calls(list[dict[str, Any]]):
 def recorded(**changes: Any) -> Iterator[Calls]:
     """Keep the calls that the adapter makes; with ``changes``, make them with other arguments."""
     calls = Calls()
-    attention = adapter.flash_attn_varlen_func
 
     def call(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
         calls.append({"q": q, "k": k, "v": v, "rest": rest} | options)
-        return attention(q, k, v, *rest, **(options | changes))
+        return anystride.flash_attn_varlen_func(q, k, v, *rest, **(options | changes))
 
     with mock.patch.object(adapter, "flash_attn_varlen_func", call):
         yield calls
