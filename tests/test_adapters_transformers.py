@@ -29,7 +29,7 @@ from tiny_models import (
     recorded,
 )
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import CompileConfig, DynamicCache, PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -213,6 +213,32 @@ def test_absorbed_layers_compute_as_before_under_other_names() -> None:
     assert not calls
     assert tokens == expected("deepseek_v3")[0]
     assert torch.equal(logits, expected("deepseek_v3")[1])
+
+
+COMPILED = [
+    pytest.param("llama", "cpu", {"backend": "eager", "mode": None}),
+    pytest.param("deepseek_v3 absorbed", "cpu", {"backend": "eager", "mode": None}),
+    *(pytest.param(kind, "cuda", {}, marks=pytest.mark.gpu) for kind in KINDS),
+]
+
+
+@pytest.mark.parametrize(("kind", "device", "how"), COMPILED)
+def test_compiled_decode_steps_give_the_tokens_of_eager(kind: str, device: str, how: dict[str, Any]) -> None:
+    # What generate does by itself on a GPU, with a static cache: every decode step is one graph.
+    torch.compiler.reset()
+    model = model_of(kind, device)
+    model.set_attn_implementation("anystride")
+    config = CompileConfig(fullgraph=True, **how)
+    config._compile_all_devices = True
+    inputs = batch_of(PROMPTS, device)
+    done = model.generate(
+        **inputs,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        cache_implementation="static",
+        compile_config=config,
+    )
+    assert done[:, inputs["input_ids"].shape[1] :].tolist() == expected(kind.split()[0])[0]
 
 
 # Lists of keys
