@@ -57,11 +57,15 @@ def config_of(kind: str, head_dim: int) -> PreTrainedConfig:
     if kind == "qwen3":
         return Qwen3Config(**common)
     if kind == "gemma2":
-        changes = {"layer_types": layers, "query_pre_attn_scalar": head_dim, "attn_logit_softcapping": 1.5}
+        changes = {
+            "layer_types": layers,
+            "query_pre_attn_scalar": 2 * head_dim,
+            "attn_logit_softcapping": 1.5,
+        }
         return Gemma2Config(**(common | window | changes))
     if kind == "gemma3":  # three groups of two layers in continuous batching
         types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-        changes = {"layer_types": types, "num_hidden_layers": 6, "query_pre_attn_scalar": head_dim}
+        changes = {"layer_types": types, "num_hidden_layers": 6, "query_pre_attn_scalar": 2 * head_dim}
         return Gemma3TextConfig(**(common | window | changes))
     if kind == "gpt_oss":
         changes = {"layer_types": layers * 2, "num_hidden_layers": 4, "num_local_experts": 4}
