@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from originals import assert_refused, never_waits
+import transformers
+from originals import assert_refused, never_waits, one_sequence
 from tiny_models import (
     NEW_TOKENS,
     PROMPTS,
@@ -207,6 +209,33 @@ def test_a_forward_without_a_cache_and_without_a_mask(kind: str) -> None:
             ours = model(ids, use_cache=False).logits
     assert calls
     assert (ours - right).abs().max() < 200 * rounding(right)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("device", WHERE)
+def test_a_cache_of_any_strides_is_attended_in_place(device: str, window: int, masked: bool) -> None:
+    # transformers' caches are packed; what another cache returns need not be.
+    torch.manual_seed(0)
+    whole = torch.full((7, 4, 3, 2, 40), math.nan, device=device)  # tokens, sequences, ..., heads, dimensions
+    k, v = whole[:6, 1:3, 0, :, 4:20].permute(1, 2, 0, 3), whole[:6, 1:3, 2, :, :32:2].permute(1, 2, 0, 3)
+    k.normal_()
+    v.normal_()
+    q = torch.randn(2, 2, 4, 16, device=device).transpose(1, 2)
+    mask, valid = None, torch.ones(2, 6, dtype=torch.bool, device=device)
+    if masked:
+        valid[0, :5] = False
+        k[0, :, :5] = v[0, :, :5] = math.nan
+        function = sliding_window_causal_mask_function(window) if window else causal_mask_function
+        mask = list_keys(2, 2, 6, 4, 0, function, valid, device=device)
+    out, _ = attend(torch.nn.Module(), q, k, v, mask, sliding_window=window or None)
+    for row in range(2):
+        keys, values = (part[row][:, valid[row]].transpose(0, 1) for part in (k, v))
+        left = window - 1 if window else -1
+        right = one_sequence(
+            q[row].transpose(0, 1), keys, values, 0.25, torch.float64, causal=True, window_left=left
+        )[0]
+        torch.testing.assert_close(out[row], right.float())
 
 
 def test_absorbed_layers_compute_as_before_under_other_names() -> None:
@@ -459,6 +488,12 @@ def test_the_paged_name_needs_a_cache_of_continuous_batching() -> None:
     model.set_attn_implementation("paged|anystride")
     with torch.no_grad(), pytest.raises(UnsupportedError, match="cache cannot be used"):
         model(torch.tensor([PROMPTS[0]]))
+
+
+def test_the_cache_of_another_version_is_refused_with_the_version() -> None:
+    with pytest.raises(UnsupportedError, match="cache cannot be used") as caught:
+        paged_call(cache=SimpleNamespace())
+    assert f"is laid out as transformers {transformers.__version__} does it" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v3 absorbed"])

@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, __version__
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.masking_utils import (
     and_masks,
@@ -480,7 +480,8 @@ def attend_paged(
         ``[total_q, num_q_heads, d]`` with a first dimension of 1, and None for the probabilities.
     """
     _refuse_training(PAGED, PAGED_REFUSED, module, (query, key, value), dropout, is_causal, kwargs)
-    if cache is None or cache.head_dim != key.shape[-1] or cache.head_dim != value.shape[-1]:
+    dims = getattr(cache, "head_dim", None)
+    if cache is None or dims != key.shape[-1] or dims != value.shape[-1]:
         raise _unsupported_cache(cache, key, value)
     assert cu_seq_lens_q is not None  # as everything that comes with a cache
     assert read_index is not None
@@ -547,6 +548,9 @@ def _unsupported_cache(cache: PagedAttentionCache | None, key: Tensor, value: Te
     got = f"key {list(key.shape)}, value {list(value.shape)}"
     if cache is None:
         reason, do = "was not given: this name is for continuous batching", "attn_implementation='anystride'"
+    elif not hasattr(cache, "head_dim"):
+        reason = f"is laid out as transformers {__version__} does it; this reads the pages of 5.17"
+        do = "pip install 'transformers>=5.17,<5.18', or model.generate with attn_implementation='anystride'"
     else:
         reason = (
             f"has rows of {cache.head_dim} numbers, the model's head_dim, for keys and for values: "
