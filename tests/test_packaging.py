@@ -18,6 +18,7 @@ import anystride.adapters.cutlass_mla
 import anystride.adapters.flash_attn
 import anystride.adapters.flash_mla
 import anystride.adapters.flashinfer
+import anystride.adapters.transformers
 import anystride.adapters.vllm_triton
 import anystride.cache
 import anystride.distributed
@@ -59,6 +60,7 @@ OTHERS = {
     "rich": ("anystride.cli",),
     "typer": ("anystride.cli",),
     "matplotlib": ("anystride.cli",),
+    "transformers": ("anystride.adapters.transformers",),
 }
 
 READS_VALUES = (
@@ -236,7 +238,7 @@ PUBLIC += [f"cache.{name}" for name in anystride.cache.__all__]
 PUBLIC += [f"distributed.{name}" for name in anystride.distributed.__all__]
 PUBLIC += [
     f"adapters.{original}.{name}"
-    for original in ("cutlass_mla", "flash_attn", "flash_mla", "flashinfer", "vllm_triton")
+    for original in ("cutlass_mla", "flash_attn", "flash_mla", "flashinfer", "transformers", "vllm_triton")
     for name in attrgetter(f"adapters.{original}.__all__")(anystride)
 ]
 PUBLIC += [
@@ -258,14 +260,14 @@ def test_public_docstrings_name_every_argument(name: str) -> None:
     if name == "explain":  # its arguments are those of the entry
         assert "Takes the arguments of :func:`flash_attn_varlen_func`" in sections[0]
     else:
-        described = sections[sections.index("Args") + 1]
+        described = sections[sections.index("Args") + 1] if signature.parameters else ""
         heads = re.findall(r"^    (\**\w+(?:, \**\w+)*):", described, re.MULTILINE)
         told = {word.strip().lstrip("*") for head in heads for word in head.split(",")}
         assert told == set(signature.parameters) - {"self"}
     assert ("Returns" in sections) == (signature.return_annotation != "None")
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/adapters.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/adapters.md", "docs/transformers.md"])
 def test_the_examples_in_documents_run(document: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
     assert blocks, f"{document} shows no example"
