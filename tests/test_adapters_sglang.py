@@ -60,8 +60,8 @@ class Pool:
         width = heads * (d_qk if is_mla else d_qk + d_v)
         storage = torch.full((slots, layers, width), NAN, dtype=torch.bfloat16, device=device).to(dtype)
         rows = storage[:, layers // 2]
-        self.k = rows[:, : heads * d_qk].unflatten(1, (heads, d_qk))
-        self.v = self.k[..., :d_v] if is_mla else rows[:, heads * d_qk :].unflatten(1, (heads, d_v))
+        self.k: Tensor = rows[:, : heads * d_qk].unflatten(1, (heads, d_qk))
+        self.v: Tensor = self.k[..., :d_v] if is_mla else rows[:, heads * d_qk :].unflatten(1, (heads, d_v))
 
     def get_key_buffer(self, layer_id: int) -> Tensor:
         assert layer_id == 7
@@ -95,7 +95,8 @@ class SwaPool(Pool):
         self.mapping = (8192 // page - slots // page) * page + slots % page  # pages stay whole
 
     def translate_loc_from_full_to_swa(self, slots: Tensor) -> Tensor:
-        return self.mapping[slots]
+        in_swa: Tensor = self.mapping[slots]
+        return in_swa
 
 
 class World:
@@ -191,7 +192,7 @@ class World:
         if not self.is_mla:
             return forward(q.flatten(1), k, v, self.layer, batch, **more)
         latent = self.d_v
-        parts = {"q_rope": q[..., latent:].clone(), "k_rope": k[..., latent:]}
+        parts: dict[str, Any] = {"q_rope": q[..., latent:].clone(), "k_rope": k[..., latent:]}
         nope = k[..., :latent]
         return forward(q[..., :latent].clone(), nope, nope, self.layer, batch, **parts, **more)
 
@@ -276,7 +277,7 @@ def test_caps_and_sinks() -> None:
 
 @pytest.mark.parametrize("is_mla", [False, True])
 def test_an_fp8_pool_is_scaled_as_it_was_written(is_mla: bool) -> None:
-    scales = {"k_scale": torch.tensor(0.25), "v_scale": torch.tensor(0.5)}
+    scales: dict[str, Any] = {"k_scale": torch.tensor(0.25), "v_scale": torch.tensor(0.5)}
     world = World("cpu", 1, is_mla, torch.float8_e4m3fn, **scales)
     batch, (q, k, v) = world.step([2], [40], decode=False)
     world.backend.init_forward_metadata(batch)

@@ -20,7 +20,8 @@ FEWEST, MOST = 5, 200  # samples in a turn
 ROUNDS = 3
 HOST_CALLS = 100  # in a row: fewer than a device queues
 HOST_SECONDS = 0.2  # of device time, for the calls in a row
-AHEAD_CYCLES = 200_000  # that a device waits, with its caches as they are: the host enqueues meanwhile
+AHEAD_CYCLES = 200_000  # that a device waits before a call, about 0.1 ms: the host enqueues meanwhile
+SHORT_SECONDS = 3e-4  # of a call: longer ones, and the flush before them, give the host time enough
 
 Call = Callable[[], Any]
 
@@ -79,13 +80,14 @@ class Clock:
         call()
         stop.record()
         torch.cuda.synchronize(self.device)
-        count = self._count(start.elapsed_time(stop) / 1e3)
+        seconds = start.elapsed_time(stop) / 1e3
+        count, waits = self._count(seconds), self._flush is None or seconds < SHORT_SECONDS
         pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
         for begin, end in pairs:
+            if waits:
+                torch.cuda._sleep(AHEAD_CYCLES)
             if self._flush is not None:
                 self._flush.zero_()
-            else:
-                torch.cuda._sleep(AHEAD_CYCLES)
             begin.record()
             call()
             end.record()
