@@ -35,12 +35,28 @@ def greedy_argmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
+def gelu_tanh_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
+    """An activation of Gemma."""
+    gate, up = x.chunk(2, -1)
+    out.copy_(torch.nn.functional.gelu(gate, approximate="tanh") * up)
+
+
 def stand_in() -> None:
     """Put what stands in for C++ and Triton where vLLM looks for it."""
     library = torch.library.Library("_C", "FRAGMENT")
     library.define("init_cpu_memory_env(int[] nodes) -> ()")
     library.impl("init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd")
+    library.define("gelu_tanh_and_mul(Tensor(a!) out, Tensor x) -> ()")
+    library.impl("gelu_tanh_and_mul", gelu_tanh_and_mul, "CompositeExplicitAutograd")
     globals()["_LIBRARY"] = library  # operators live as long as it does
+    from vllm.v1.attention.backends.mla.prefill.registry import (
+        MLAPrefillBackendEnum,
+        register_mla_prefill_backend,
+    )
     from vllm.v1.worker.block_table import BlockTable
 
     BlockTable.compute_slot_mapping = compute_slot_mapping
+    # Without a device capability vLLM 0.25 asks no further and takes this one, which a CPU cannot import.
+    register_mla_prefill_backend(
+        MLAPrefillBackendEnum.FLASH_ATTN, "anystride.adapters.vllm.prefill.Prefill"
+    )

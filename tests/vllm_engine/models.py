@@ -64,7 +64,15 @@ def make_config(kind: str) -> Any:
             sliding_window=16,
             num_local_experts=2,
             num_experts_per_tok=1,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
         )
     raise ValueError(f"no kind of model {kind!r}")
 
@@ -93,6 +101,7 @@ def dense_tokens(folder: Path, prompts: list[list[int]], count: int) -> list[lis
     import transformers as hf
 
     model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model.generation_config.eos_token_id = None  # nothing ends a sequence, and nothing is forbidden
     tokens = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -100,7 +109,6 @@ def dense_tokens(folder: Path, prompts: list[list[int]], count: int) -> list[lis
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
-            min_new_tokens=count,
             do_sample=False,
         )
         tokens.append(out[0, len(prompt) :].tolist())

@@ -74,7 +74,8 @@ def main() -> None:
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         passes.append([list(output.outputs[0].token_ids) for output in outputs])
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    layers = runner.compilation_config.static_forward_context
+    context = runner.compilation_config.static_forward_context
+    layers = {name: layer for name, layer in context.items() if hasattr(layer, "impl")}
     result = {
         "version": vllm.__version__,
         "passes": passes,
