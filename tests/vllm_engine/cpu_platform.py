@@ -30,11 +30,6 @@ def compute_slot_mapping(
     self.slot_mapping.gpu[:n] = blocks * self.block_size + where % self.block_size
 
 
-def greedy_argmax(logits: torch.Tensor) -> torch.Tensor:
-    """An operator of vLLM 0.32's sampler."""
-    return logits.argmax(-1)
-
-
 def gelu_tanh_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
     """An activation of Gemma."""
     gate, up = x.chunk(2, -1)
@@ -48,6 +43,8 @@ def stand_in() -> None:
     library.impl("init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd")
     library.define("gelu_tanh_and_mul(Tensor(a!) out, Tensor x) -> ()")
     library.impl("gelu_tanh_and_mul", gelu_tanh_and_mul, "CompositeExplicitAutograd")
+    library.define("greedy_argmax(Tensor logits) -> Tensor")
+    library.impl("greedy_argmax", lambda logits: logits.argmax(-1), "CompositeExplicitAutograd")
     globals()["_LIBRARY"] = library  # operators live as long as it does
     from vllm.v1.attention.backends.mla.prefill.registry import (
         MLAPrefillBackendEnum,

@@ -92,7 +92,10 @@ def save_model(kind: str, folder: Path) -> None:
             elif "sinks" in name:
                 parameter.normal_(0.0, 1.0)
             else:
-                parameter.normal_(0.0, 0.5 if "embed" in name else 2.0 * parameter.shape[-1] ** -0.5)
+                # Gemma multiplies its embeddings by 8, and takes them for its logits, too: larger ones would
+                # make it repeat its last token, whatever attention says.
+                embeddings = 0.03 if kind == "gemma" else 0.5
+                parameter.normal_(0.0, embeddings if "embed" in name else 2.0 * parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
 
 
