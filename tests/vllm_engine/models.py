@@ -1,7 +1,12 @@
-"""Tiny models with random weights, in the form in which Hugging Face saves them."""
+"""Tiny models with random weights, as Hugging Face saves them, and what it generates: JSON on stdout.
+
+    python tests/vllm_engine/models.py FOLDER '{"kind": "llama", "lengths": [5, 37], "count": 24}'
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,20 +104,30 @@ def save_model(kind: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def dense_tokens(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """What Hugging Face generates greedily, prompt by prompt."""
+def dense_tokens(
+    folder: Path, prompts: list[list[int]], count: int, change: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """What Hugging Face generates greedily, prompt by prompt; from a model that is changed so, if it is."""
     import transformers as hf
 
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    change = dict(change or {})
+    sinks, dropped = change.pop("sinks", None), change.pop("attention_dropped", False)
+    config = hf.AutoConfig.from_pretrained(folder, **change)
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "sinks" in name and sinks is not None:
+                parameter.fill_(sinks)
+            if "o_proj" in name and dropped:
+                parameter.zero_()
     model.generation_config.eos_token_id = None  # nothing ends a sequence, and nothing is forbidden
     tokens = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
         out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            do_sample=False,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
         )
         tokens.append(out[0, len(prompt) :].tolist())
     return tokens
@@ -125,3 +140,16 @@ def make_prompts(lengths: list[int]) -> list[list[int]]:
     longest = max(prompts, key=len)
     shared = len(longest) // 2
     return [*prompts, longest[:shared] + prompts[0]]
+
+
+def main() -> None:
+    folder, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
+    if not folder.exists():
+        save_model(asked["kind"], folder)
+    prompts = make_prompts(asked["lengths"])
+    tokens = dense_tokens(folder, prompts, asked["count"], asked.get("change"))
+    print("RESULT " + json.dumps({"prompts": prompts, "tokens": tokens}))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from typing import Any
@@ -25,18 +24,11 @@ for name, value in {
 
 def main() -> None:
     folder, asked = sys.argv[1], json.loads(sys.argv[2])
-    lines: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
     import vllm
     from cpu_platform import stand_in
     from vllm import LLM, SamplingParams
 
     stand_in()
-    logging.getLogger("vllm.anystride").addHandler(Keep())
     if "threshold" in asked:  # which requests of MLA are attended to in the absorbed form
         from anystride.adapters.vllm import mla
 
@@ -79,7 +71,6 @@ def main() -> None:
     result = {
         "version": vllm.__version__,
         "passes": passes,
-        "log": lines,
         "backends": sorted({layer.impl.__class__.__module__ for layer in layers.values()}),
         "caches": [[list(layer.kv_cache.shape), list(layer.kv_cache.stride())] for layer in layers.values()],
         "storages": len({layer.kv_cache.untyped_storage().data_ptr() for layer in layers.values()}),
