@@ -1,14 +1,14 @@
-"""vLLM on a GPU: our back end beside vLLM's own, in the engine. Tokens, logprobs, and the time of a decode step.
+"""vLLM on a GPU: our back end beside vLLM's own, in the engine. Tokens, logprobs, time of a decode step.
 
     python tests/vllm_device.py --json vllm.json           # every run below, a process each: some 6 minutes
     python tests/vllm_device.py --only llama --json vllm.json
     python tests/vllm_device.py --ranks 2 --json vllm2.json  # context parallelism, on a host with two GPUs
     python tests/vllm_device.py --run '{"kind": "llama", "backend": "CUSTOM", "graphs": true}' --work FOLDER
 
-Random models in bf16, 8 layers with DeepSeek-V3's or Llama's attention. Each run generates greedily for prompts of
-mixed lengths, then scores fixed prompts token by token, where nothing can drift apart; then the others wait, and
-it times decode steps of 64 sequences of some 2k tokens: wall time, synchronised before and after. Not
-collected by pytest. How it was packed and run on a machine without a network: docs/vllm.md.
+Random models in bf16, 8 layers with DeepSeek-V3's or Llama's attention. Each run generates greedily for
+prompts of mixed lengths, then scores fixed prompts token by token, where nothing can drift apart; then the
+others wait, and it times decode steps of 64 sequences of some 2k tokens: wall time, synchronised before and
+after. Not collected by pytest. How it was packed and run on a machine without a network: docs/vllm.md.
 """
 
 from __future__ import annotations
@@ -22,11 +22,21 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-LENGTHS = [5, 37, 70, 1, 130, 300, 600, 17]  # prompts to continue; 600: beyond what MLA takes in absorbed form
+LENGTHS = [
+    5,
+    37,
+    70,
+    1,
+    130,
+    300,
+    600,
+    17,
+]  # prompts to continue; 600: beyond what MLA takes in absorbed form
 SCORED = [400, 900]  # prompts whose own tokens are scored
 COUNT = 32
 BATCH, CONTEXT, STEPS, WARM = 64, 2048, 64, 8
@@ -48,7 +58,7 @@ RUNS: list[dict[str, Any]] = [
     {"kind": "deepseek", "backend": "CUSTOM", "graphs": True, "block_size": 16, "cross_layer": True},
     {"kind": "llama", "backend": "CUSTOM", "graphs": True, "block_size": 1, "cross_layer": True},
 ]
-# Decode context parallelism: each rank has every other stretch of tokens. Heads of K and V must be fewer than ranks.
+# Decode context parallelism: each rank has every other stretch of tokens. vLLM wants fewer KV heads than ranks.
 SHARDED: list[dict[str, Any]] = [
     {"kind": kind, "backend": name, "graphs": False, "block_size": 64, "ranks": 2, "interleave": interleave}
     for kind, own in (("deepseek", "FLASH_ATTN_MLA"), ("mqa", "FLASH_ATTN"))
@@ -171,9 +181,7 @@ def run_one(run: dict[str, Any], work: Path) -> None:
         **options,
     )
     started = time.perf_counter() - began
-    greedy = SamplingParams(
-        temperature=0.0, max_tokens=COUNT, ignore_eos=True, detokenize=False, logprobs=1
-    )
+    greedy = SamplingParams(temperature=0.0, max_tokens=COUNT, ignore_eos=True, detokenize=False, logprobs=1)
     outputs = llm.generate(make_prompts(LENGTHS, 11), greedy, use_tqdm=False)
     rows = [output.outputs[0] for output in outputs]
     scoring = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, prompt_logprobs=0)
@@ -233,7 +241,7 @@ def time_steps(llm: Any) -> dict[str, Any]:
     torch.cuda.synchronize()
     whole = time.perf_counter() - marks[0]
     engine.abort_request([str(number) for number in range(BATCH)])
-    single = [1e6 * (after - before) for before, after in zip(marks[:-1], marks[1:], strict=True)]
+    single = [1e6 * (after - before) for before, after in pairwise(marks)]
     low, median, high = statistics.quantiles(single, n=4)
     return {
         "batch": BATCH,
@@ -244,9 +252,7 @@ def time_steps(llm: Any) -> dict[str, Any]:
     }
 
 
-def run_all(
-    runs: list[dict[str, Any]], work: Path, budget: float, together: int
-) -> list[dict[str, Any]]:
+def run_all(runs: list[dict[str, Any]], work: Path, budget: float, together: int) -> list[dict[str, Any]]:
     """Each run in its own process, a few at a time; the first of a kind is what others are compared with."""
     began = time.perf_counter()
     for kind in dict.fromkeys(run["kind"] for run in runs):
@@ -287,10 +293,12 @@ def run_group(group: list[dict[str, Any]], work: Path, deadline: float) -> list[
             process.wait(max(1.0, deadline - time.perf_counter()))
         except subprocess.TimeoutExpired:
             process.kill()
-        log = (work / f"{name}.log").read_text(errors="replace")
+        said = (work / f"{name}.log").read_text(errors="replace")
         path = work / f"{name}.json"
-        result = json.loads(path.read_text()) if path.exists() else {**run, "name": name, "error": log[-3000:]}
-        lines = [line for line in log.splitlines() if re.search(r"anystride \d|Using .*backend", line)]
+        result = (
+            json.loads(path.read_text()) if path.exists() else {**run, "name": name, "error": said[-3000:]}
+        )
+        lines = [line for line in said.splitlines() if re.search(r"anystride \d|Using .*backend", line)]
         result["log"] = list(dict.fromkeys(line.partition("] ")[2] or line for line in lines))
         results.append(result)
     return results
@@ -329,7 +337,9 @@ def compare(results: list[dict[str, Any]]) -> list[str]:
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Tokens before the first that differs, row by row, their logprobs, and the scores of fixed tokens."""
     equal, gaps = [], [0.0]
-    for a, b, p, q in zip(ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"], strict=True):
+    for a, b, p, q in zip(
+        ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"], strict=True
+    ):
         same = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
         equal.append(same)
         gaps += [abs(x - y) for x, y in zip(p[:same], q[:same], strict=True)]

@@ -1,4 +1,4 @@
-"""A KV connector that moves nothing: it asks for one buffer in which all layers of a block lie side by side."""
+"""A KV connector that moves nothing: it asks that all layers of a block lie side by side in one buffer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """vLLM on a machine without a GPU, from the wheel that is built for CUDA.
 
 vLLM's own CPU platform refuses back ends from outside, and wants its C++ library, which that wheel does not
-have. This platform takes the attention back end that was asked for, by the checks that vLLM's CUDA platform makes,
-and says the few operators over in PyTorch. Nothing of attention is here.
+have. The platform that this module names takes the attention back end that was asked for, by the checks that
+vLLM's CUDA platform makes; the few operators that an engine needs are written in PyTorch. Nothing of attention
+is here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 
 def path() -> str:
-    """The entry point of the group ``vllm.platform_plugins``: ``cpu_platform-1.dist-info`` beside this file."""
+    """The entry point of the group ``vllm.platform_plugins``, in ``cpu_platform-1.dist-info`` beside this."""
     return "cpu_platform_class.TestPlatform"
 
 
@@ -54,6 +55,4 @@ def stand_in() -> None:
 
     BlockTable.compute_slot_mapping = compute_slot_mapping
     # Without a device capability vLLM 0.25 asks no further and takes this one, which a CPU cannot import.
-    register_mla_prefill_backend(
-        MLAPrefillBackendEnum.FLASH_ATTN, "anystride.adapters.vllm.prefill.Prefill"
-    )
+    register_mla_prefill_backend(MLAPrefillBackendEnum.FLASH_ATTN, "anystride.adapters.vllm.prefill.Prefill")

@@ -1,6 +1,6 @@
 """Tiny models with random weights, as Hugging Face saves them, and what it generates: JSON on stdout.
 
-    python tests/vllm_engine/models.py FOLDER '{"kind": "llama", "lengths": [5, 37], "count": 24}'
+python tests/vllm_engine/models.py FOLDER '{"kind": "llama", "lengths": [5, 37], "count": 24}'
 """
 
 from __future__ import annotations
@@ -126,9 +126,7 @@ def dense_tokens(
     tokens = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
-        )
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
         tokens.append(out[0, len(prompt) :].tolist())
     return tokens
 

@@ -1,6 +1,6 @@
 """One engine in one process: what vLLM generates from a saved model, and what it ran on, as JSON on stdout.
 
-    python tests/vllm_engine/serve.py FOLDER '{"prompts": [[1, 2]], "count": 4, "block_size": 16, ...}'
+python tests/vllm_engine/serve.py FOLDER '{"prompts": [[1, 2]], "count": 4, "block_size": 16, ...}'
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the back ends for GQA and for MLA share: dtypes of the cache, a step's schedule, the line in the log."""
+"""What the back ends for GQA and MLA share: dtypes of the cache, a step's schedule, the line in the log."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _tell(kind: str, rows: str, arguments: dict[str, Any]) -> None:
     tensors = {name: a[name] for name in Call._fields if name != "lse"}
     numbers = Numbers(
         max_keys=bucket(a["max_seqlen_k"]),
-        window=tuple(a["window_size"] or (-1, -1)),  # type: ignore[arg-type]
+        window=tuple(a["window_size"] or (-1, -1)),
         wants_lse=a["return_softmax_lse"],
         **{name: a[name] for name in Numbers._fields if name in a},
     )

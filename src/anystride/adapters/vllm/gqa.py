@@ -1,4 +1,4 @@
-"""Attention of models without MLA in vLLM: GQA, MQA and MHA, with windows, sinks, softcap, alibi, fp8 caches."""
+"""Attention without MLA in vLLM: GQA, MQA, MHA, with windows, sinks, softcap, alibi, fp8 caches."""
 
 from __future__ import annotations
 

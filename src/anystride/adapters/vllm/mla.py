@@ -1,7 +1,7 @@
 """Multi-head latent attention in vLLM: the latent rows of the cache are read in place by all heads.
 
-Requests with up to :attr:`Builder.reorder_batch_threshold` new tokens, decoding or not, are attended to in the
-absorbed form, over the cache alone. Longer prefills go through :mod:`anystride.adapters.vllm.prefill`.
+Requests with up to :attr:`Builder.reorder_batch_threshold` new tokens, decoding or not, are attended to in
+the absorbed form, over the cache alone. Longer prefills go through :mod:`anystride.adapters.vllm.prefill`.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ class Builder(MLACommonMetadataBuilder[Metadata]):  # type: ignore[misc]
             kv_cache_spec, layer_names, vllm_config, device, Metadata, supports_dcp_with_varlen=True
         )
         heads = {
-            (layer.impl.num_heads, 1, layer.impl.qk_rope_head_dim, layer.impl.kv_lora_rank) for layer in layers
+            (layer.impl.num_heads, 1, layer.impl.qk_rope_head_dim, layer.impl.kv_lora_rank)
+            for layer in layers
         }
         self.schedule = Schedule(vllm_config, device, heads.pop() if len(heads) == 1 else None, (-1, -1))
 

@@ -1,4 +1,4 @@
-"""Long prefills of MLA in vLLM: keys and values of all heads, expanded from the latent rows, and not paged."""
+"""Long prefills of MLA in vLLM: keys and values of all heads, expanded from latent rows, not paged."""
 
 from __future__ import annotations
 
