@@ -58,7 +58,7 @@ RUNS: list[dict[str, Any]] = [
     {"kind": "deepseek", "backend": "CUSTOM", "graphs": True, "block_size": 16, "cross_layer": True},
     {"kind": "llama", "backend": "CUSTOM", "graphs": True, "block_size": 1, "cross_layer": True},
 ]
-# Decode context parallelism: each rank has every other stretch of tokens. vLLM wants fewer KV heads than ranks.
+# Decode context parallelism, stretches of tokens on either rank. vLLM wants fewer KV heads than ranks.
 SHARDED: list[dict[str, Any]] = [
     {"kind": kind, "backend": name, "graphs": False, "block_size": 64, "ranks": 2, "interleave": interleave}
     for kind, own in (("deepseek", "FLASH_ATTN_MLA"), ("mqa", "FLASH_ATTN"))

@@ -2,8 +2,8 @@
 
 vLLM's own CPU platform refuses back ends from outside, and wants its C++ library, which that wheel does not
 have. The platform that this module names takes the attention back end that was asked for, by the checks that
-vLLM's CUDA platform makes; the few operators that an engine needs are written in PyTorch. Nothing of attention
-is here.
+vLLM's CUDA platform makes; the few operators that an engine needs are written in PyTorch. Nothing of
+attention is here.
 """
 
 from __future__ import annotations
