@@ -165,3 +165,30 @@ def test_the_tokens_depend_on_all_that_attention_does(models: Path, kind: str) -
         asked = {"kind": kind, "lengths": LENGTHS, "count": COUNT, "change": change}
         other, _ = run("models.py", str(models / kind), json.dumps(asked))
         assert all(row != changed for row, changed in zip(tokens, other["tokens"], strict=True))
+
+
+EXAMPLE = """
+import json, sys
+import serve
+from cpu_platform import stand_in
+import vllm_custom
+from vllm import LLM
+stand_in()
+asked = json.loads(sys.argv[2])
+tokens = vllm_custom.generate(
+    sys.argv[1], asked["prompts"], asked["count"], dtype="float32", enforce_eager=True, max_model_len=1024,
+    max_num_seqs=8, compilation_config={"custom_ops": ["none"]}, block_size=1,
+)
+print("RESULT " + json.dumps({"tokens": tokens}))
+"""
+
+
+def test_the_example_generates_the_same_tokens(models: Path, tmp_path: Path) -> None:
+    wanted = dense(models, "llama")
+    script = tmp_path / "example.py"
+    script.write_text(EXAMPLE)
+    asked = json.dumps({"prompts": wanted["prompts"], "count": COUNT})
+    examples = HERE.parents[1] / "examples"
+    found, log = run(str(script), str(models / "llama"), asked, PYTHONPATH=f"{HERE}{os.pathsep}{examples}")
+    assert found["tokens"] == wanted["tokens"]
+    assert "cpu runs attention, one query token" in told(log)

@@ -44,7 +44,7 @@ def make_layer(world: int, rank: int, interleave: int) -> Any:
 
     layer = Impl.__new__(Impl)
     layer.kv_lora_rank, layer.qk_rope_head_dim, layer.scale = LATENT, ROPE, 0.2
-    layer.kv_cache_dtype = "auto"
+    layer.kv_cache_dtype, layer.told = "auto", set()
     layer.dcp_world_size, layer.dcp_rank = world, rank
     layer.cp_kv_cache_interleave_size = interleave
     layer.need_to_return_lse_for_decode = world > 1

@@ -2,5 +2,5 @@
 
 One module for each original, imported only when it is used: ``flash_mla``, ``cutlass_mla``, ``flashinfer``,
 ``vllm_triton``, ``flash_attn``. Each translates arguments and results and nothing more. None of them needs
-the original to be installed.
+the original to be installed. ``vllm`` is no such module but a whole attention back end, which vLLM loads.
 """

@@ -17,8 +17,8 @@ __all__ = ["register"]
 def register() -> None:
     """Register anystride as ``CUSTOM``, for attention and for the prefill of MLA.
 
-    vLLM calls it in each of its processes, and calls it twice at times. If another plugin has taken ``CUSTOM``,
-    its registration stays and a warning names it.
+    vLLM calls it in each of its processes, and twice at times. If another plugin has taken ``CUSTOM``, its
+    registration stays and a warning names it.
     """
     registry = import_module("vllm.v1.attention.backends.registry")
     prefill = import_module("vllm.v1.attention.backends.mla.prefill.registry")

@@ -110,22 +110,29 @@ class Schedule:
         return kept if kept is fresh else kept.copy_(fresh)
 
 
-def attend(kind: str, **arguments: Any) -> Any:
+def attend(kind: str, told: set[bool], **arguments: Any) -> Any:
     """:func:`anystride.flash_attn_varlen_func`; tells the log who runs it, once for each kind of call.
 
-    Reads no value on the host, so that the first call may be captured in a graph.
+    Args:
+        kind: What vLLM calls for, in words.
+        told: Of one layer: whether it has told of calls with several query tokens to a sequence, and of
+            those with one. Added to.
+        **arguments: The call's.
     """
-    window = arguments.get("window_size")
     longer = arguments["max_seqlen_q"] > 1
-    q, k = arguments["q"], arguments["k"]
-    key = (kind, longer, q.shape[1:], q.dtype, k.dtype, k.stride(), window)
-    if key not in _TOLD:
-        _TOLD.add(key)
+    if longer not in told:
+        told.add(longer)
         _tell(kind, "several query tokens" if longer else "one query token", arguments)
     return anystride.flash_attn_varlen_func(**arguments)
 
 
 def _tell(kind: str, rows: str, arguments: dict[str, Any]) -> None:
+    """A line in the log, if no layer like this one has told it; reads no value of a tensor."""
+    q, k = arguments["q"], arguments["k"]
+    key = (kind, rows, q.shape[1:], q.dtype, k.dtype, k.stride(), arguments.get("window_size"))
+    if key in _TOLD:
+        return
+    _TOLD.add(key)
     bound = _SIGNATURE.bind(**arguments)
     bound.apply_defaults()
     a = bound.arguments

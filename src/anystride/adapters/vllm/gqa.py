@@ -223,6 +223,7 @@ class Impl(AttentionImpl[Metadata]):  # type: ignore[misc]
         self.slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.sinks = sinks
         self.is_fp8 = kv_cache_dtype in FP8
+        self.told: set[bool] = set()
         parallel = get_current_vllm_config().parallel_config
         self.interleave = parallel.cp_kv_cache_interleave_size
         self.shape = (num_heads, self.num_kv_heads, head_size, head_size), self.window
@@ -299,7 +300,7 @@ class Impl(AttentionImpl[Metadata]):  # type: ignore[misc]
         if self.is_fp8:
             arguments |= {"k_descale": layer._k_scale, "v_descale": layer._v_scale}
         if self.dcp_world_size == 1:
-            attend(KIND, q=query[:n], out=output[:n], **arguments)
+            attend(KIND, self.told, q=query[:n], out=output[:n], **arguments)
         else:
             self._attend_sharded(query[:n], output[:n], m, arguments)
         return output
@@ -326,6 +327,7 @@ class Impl(AttentionImpl[Metadata]):  # type: ignore[misc]
         group = get_dcp_group()
         part, lse = attend(
             KIND,
+            self.told,
             q=group.all_gather(query.contiguous(), dim=1),
             return_softmax_lse=True,
             cp_world_size=self.dcp_world_size,

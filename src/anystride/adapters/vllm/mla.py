@@ -171,6 +171,7 @@ class Impl(MLACommonImpl[Metadata]):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.told: set[bool] = set()
         self.supports_quant_query_input = False  # queries stay as they are over an fp8 cache
         names = ("num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window",
                  "kv_cache_dtype", "logits_soft_cap", "attn_type")  # fmt: skip
@@ -239,9 +240,10 @@ class Impl(MLACommonImpl[Metadata]):  # type: ignore[misc]
         if self.kv_cache_dtype in FP8:
             arguments |= {"k_descale": layer._k_scale, "v_descale": layer._k_scale}
         if not self.need_to_return_lse_for_decode:
-            return attend(KIND, **arguments), None
+            return attend(KIND, self.told, **arguments), None
         out, lse = attend(
             KIND,
+            self.told,
             return_softmax_lse=True,
             cp_world_size=self.dcp_world_size,
             cp_rank=self.dcp_rank,

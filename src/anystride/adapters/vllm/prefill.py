@@ -19,6 +19,11 @@ class Prefill(MLAPrefillBackend):  # type: ignore[misc]
 
     supported_dtypes: ClassVar[list[torch.dtype]] = DTYPES
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.told: set[bool] = set()
+        self.told_context: set[bool] = set()
+
     @staticmethod
     def get_name() -> str:
         """The registry's member."""
@@ -61,6 +66,7 @@ class Prefill(MLAPrefillBackend):  # type: ignore[misc]
         m = self._prefill_metadata
         result: Tensor | tuple[Tensor, Tensor] = attend(
             KIND,
+            self.told,
             q=q,
             k=k,
             v=v,
@@ -100,6 +106,7 @@ class Prefill(MLAPrefillBackend):  # type: ignore[misc]
             rows, max_query_len = chunk.query_start_loc, chunk.max_query_len
         result: tuple[Tensor, Tensor] = attend(
             KIND + " over context",
+            self.told_context,
             q=q,
             k=k,
             v=v,
