@@ -26,7 +26,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 LENGTHS = [
     5,
     37,
@@ -144,7 +143,6 @@ def make_prompts(lengths: list[int], seed: int) -> list[dict[str, list[int]]]:
 
 def run_one(run: dict[str, Any], work: Path) -> None:
     """One engine: its results go to ``work/NAME.json``."""
-    sys.path.insert(0, str(HERE / "vllm_engine"))  # the connector
     import torch
     import vllm
     from vllm import LLM, SamplingParams
@@ -156,7 +154,7 @@ def run_one(run: dict[str, Any], work: Path) -> None:
     if run.get("cross_layer"):
         options["kv_transfer_config"] = {
             "kv_connector": "NoConnector",
-            "kv_connector_module_path": "connector",
+            "kv_connector_module_path": "vllm_connector",
             "kv_role": "kv_both",
         }
     if "ranks" in run:

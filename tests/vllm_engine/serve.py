@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 for name, value in {
@@ -41,9 +42,10 @@ def main() -> None:
     if "kv_cache_dtype" in asked:
         options["kv_cache_dtype"] = asked["kv_cache_dtype"]
     if asked.get("cross_layer"):
+        sys.path.append(str(Path(__file__).parents[1]))
         options["kv_transfer_config"] = {
             "kv_connector": "NoConnector",
-            "kv_connector_module_path": "connector",
+            "kv_connector_module_path": "vllm_connector",
             "kv_role": "kv_both",
         }
     llm = LLM(

@@ -87,3 +87,109 @@ def test_the_shards_of_an_mla_cache_merge_to_the_whole(world: int, interleave: i
     merged, _ = merge(outs, torch.stack([lse.transpose(0, 1) for _, lse in parts]))
     torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(outs[0], whole, atol=1e-2)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e5m2"])
+def test_padded_pages_are_written_and_read_without_their_padding(kv_cache_dtype: str) -> None:
+    # As vLLM lays out a group whose pages are smaller than another group's: a gap after each block.
+    from types import SimpleNamespace
+
+    from anystride.adapters.vllm.gqa import Impl, Metadata
+
+    torch.manual_seed(0)
+    blocks, block_size, heads, d, gap = 12, 16, 2, 32, 80
+    layer = Impl.__new__(Impl)
+    layer.num_heads, layer.num_kv_heads, layer.head_size, layer.scale = 4, heads, d, 0.3
+    layer.window, layer.softcap, layer.slopes, layer.sinks = (-1, -1), 0.0, None, None
+    layer.kv_cache_dtype, layer.is_fp8, layer.told = kv_cache_dtype, kv_cache_dtype != "auto", set()
+    page = 2 * block_size * heads * d
+    if layer.is_fp8:
+        raw = torch.full((blocks * (page + gap),), 0x7F, dtype=torch.uint8)  # NaN
+    else:
+        raw = torch.full((blocks * (page + gap),), float("nan"))
+    strides = (page + gap, block_size * heads * d, heads * d, d, 1)
+    cache = raw.as_strided((blocks, 2, block_size, heads, d), strides)
+    key, value = torch.randn(2, sum(LENGTHS), heads, d).unbind(0)
+    needed = [-(-n // block_size) for n in LENGTHS]
+    table = torch.full((len(LENGTHS), max(needed)), 10**6, dtype=torch.int32)
+    slots = []
+    for row, (n, own) in enumerate(
+        zip(LENGTHS, torch.randperm(sum(needed)).int().split(needed), strict=True)
+    ):
+        table[row, : len(own)] = own
+        slots += [int(own[i // block_size]) * block_size + i % block_size for i in range(n)]
+    scales = SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(2.0))
+    layer.do_kv_cache_update(scales, key, value, cache, torch.tensor(slots))
+    padding = raw.view(blocks, page + gap)[:, page:]
+    assert (padding == 0x7F).all() if layer.is_fp8 else padding.isnan().all()
+    starts = torch.tensor([0, *QUERIES], dtype=torch.int32).cumsum(0).int()
+    metadata = Metadata(
+        num_actual_tokens=sum(QUERIES),
+        max_query_len=max(QUERIES),
+        query_start_loc=starts,
+        max_seq_len=64,
+        seq_lens=torch.tensor(LENGTHS, dtype=torch.int32),
+        total_seq_lens=None,
+        block_table=table,
+        slot_mapping=torch.empty(0),
+        causal=True,
+        schedule=None,
+    )
+    query = torch.randn(sum(QUERIES) + 3, 4, d)  # three rows of padding, as for a graph
+    output = torch.full_like(query, 7.0)
+    layer.forward(scales, query, key, value, cache, metadata, output)
+    assert (output[sum(QUERIES) :] == 7.0).all()
+    if layer.is_fp8:
+        key = (key / 0.5).to(torch.float8_e5m2).float() * 0.5
+        value = (value / 2.0).to(torch.float8_e5m2).float() * 2.0
+    begin = 0
+    for n, m, start in zip(LENGTHS, QUERIES, starts.tolist(), strict=False):
+        k, v = (t[begin : begin + n].repeat_interleave(2, 1) for t in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[start : start + m], k) * 0.3
+        hidden = torch.ones(m, n, dtype=torch.bool).triu(n - m + 1)
+        expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+        torch.testing.assert_close(output[start : start + m], expected, rtol=1e-4, atol=1e-4)
+        begin += n
+
+
+def test_what_cannot_be_passed_on_is_refused_by_name() -> None:
+    from types import SimpleNamespace
+
+    from vllm.platforms.interface import DeviceCapability
+
+    from anystride.adapters.vllm.gqa import Backend, Builder, Impl
+    from anystride.adapters.vllm.prefill import Prefill
+    from anystride.errors import UnsupportedError
+
+    rows = torch.zeros(1, 1, 8)
+    with pytest.raises(UnsupportedError, match="a quantised output cannot be written"):
+        Impl.__new__(Impl).forward(None, rows, rows, rows, rows, None, rows, output_scale=rows)
+    with pytest.raises(UnsupportedError, match="a quantised output cannot be written"):
+        Prefill.__new__(Prefill).run_prefill_new_tokens(rows, rows, rows, False, output_scale=rows)
+    with pytest.raises(UnsupportedError, match="causality of each sequence by a tensor"):
+        Builder.__new__(Builder).build(0, SimpleNamespace(causal=torch.ones(2)))
+    asked: dict[str, Any] = {
+        "head_size": 64,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 1,
+        "use_mla": False,
+        "has_sink": True,
+        "use_sparse": False,
+        "use_mm_prefix": False,
+        "use_per_head_quant_scales": False,
+        "device_capability": DeviceCapability(9, 0),
+        "attn_type": "decoder",
+    }
+    assert Backend.validate_configuration(**asked) == []
+    for change, reason in (
+        ({"head_size": 640}, "head_size not supported"),
+        ({"kv_cache_dtype": "float16"}, "a cache of torch.float16 under queries of torch.bfloat16"),
+        ({"kv_cache_dtype": "nvfp4"}, "kv_cache_dtype not supported"),
+        ({"use_mla": True}, "MLA not supported"),
+        ({"attn_type": "encoder"}, "attention type encoder not supported"),
+        ({"device_capability": DeviceCapability(7, 5)}, "compute capability not supported"),
+        ({"use_batch_invariant": True}, "batch invariance not supported"),
+    ):
+        (found,) = Backend.validate_configuration(**(asked | change))
+        assert found.startswith(reason)
