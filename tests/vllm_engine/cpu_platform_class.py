@@ -22,6 +22,19 @@ class TestPlatform(CpuPlatform):  # type: ignore[misc]
         return f"{module}.{name}"
 
     @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        # vLLM's platform sets these for its own MLA on CPUs, whatever back end was asked for.
+        cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+        kept = (
+            (cache, ("block_size", "enable_prefix_caching")),
+            (scheduler, ("enable_chunked_prefill", "max_num_batched_tokens")),
+        )
+        asked = [(config, name, getattr(config, name)) for config, names in kept for name in names]
+        super().check_and_update_config(vllm_config)
+        for config, name, value in asked:
+            setattr(config, name, value)
+
+    @classmethod
     def get_mla_prefill_backend_cls(cls, mla_selector_config: Any) -> Any:
         from anystride.adapters.vllm.prefill import Prefill
 

@@ -76,6 +76,7 @@ def main() -> None:
         "backends": sorted({layer.impl.__class__.__module__ for layer in layers.values()}),
         "caches": [[list(layer.kv_cache.shape), list(layer.kv_cache.stride())] for layer in layers.values()],
         "storages": len({layer.kv_cache.untyped_storage().data_ptr() for layer in layers.values()}),
+        "budget": llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens,
         "cached_tokens": [output.num_cached_tokens for output in outputs],
     }
     print("RESULT " + json.dumps(result))

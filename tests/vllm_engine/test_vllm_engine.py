@@ -119,7 +119,9 @@ def test_greedy_tokens_are_those_of_hugging_face(
     assert told(log) == expected
     if asked.get("prefix_caching"):
         assert sum(found["cached_tokens"]) > 0
+    assert found["budget"] == asked.get("budget", 2048)
     for shape, strides in found["caches"]:
+        assert asked["block_size"] == shape[1 if len(shape) == 3 else 2]
         if asked.get("cross_layer"):  # all layers of a block side by side, in one buffer
             assert found["storages"] == 1
             assert strides[0] == len(found["caches"]) * math.prod(shape[1:])
