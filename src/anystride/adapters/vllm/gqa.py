@@ -325,10 +325,11 @@ class Impl(AttentionImpl[Metadata]):  # type: ignore[misc]
         from vllm.v1.attention.ops.common import cp_lse_ag_out_rs
 
         group = get_dcp_group()
+        dense = query.clone(memory_format=torch.contiguous_format)  # NCCL gathers dense tensors only
         part, lse = attend(
             KIND,
             self.told,
-            q=group.all_gather(query.contiguous(), dim=1),
+            q=group.all_gather(dense, dim=1),
             return_softmax_lse=True,
             cp_world_size=self.dcp_world_size,
             cp_rank=self.dcp_rank,
