@@ -325,7 +325,7 @@ class Impl(AttentionImpl[Metadata]):  # type: ignore[misc]
         from vllm.v1.attention.ops.common import cp_lse_ag_out_rs
 
         group = get_dcp_group()
-        dense = query.clone(memory_format=torch.contiguous_format)  # NCCL gathers dense tensors only
+        dense = query.new_empty(query.shape).copy_(query)  # NCCL gathers dense tensors only
         part, lse = attend(
             KIND,
             self.told,
