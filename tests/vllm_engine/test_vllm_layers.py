@@ -193,3 +193,49 @@ def test_what_cannot_be_passed_on_is_refused_by_name() -> None:
     ):
         (found,) = Backend.validate_configuration(**(asked | change))
         assert found.startswith(reason)
+
+
+def test_a_schedule_stays_where_a_graph_has_seen_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    import anystride
+    from anystride.adapters.vllm.common import Schedule
+
+    made: list[tuple[Any, ...]] = []
+
+    def get_scheduler_metadata(batch: int, *arguments: Any, **options: Any) -> Tensor:
+        made.append((batch, *arguments, options))
+        return torch.full((16 * batch,), len(made), dtype=torch.int32)
+
+    monkeypatch.setattr(anystride, "get_scheduler_metadata", get_scheduler_metadata)
+
+    def schedule(
+        device: str = "cuda", ranks: int = 1, drafter: Any = None, heads: Any = (8, 2, 64, 64)
+    ) -> Any:
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=4096),
+            speculative_config=drafter,
+            parallel_config=SimpleNamespace(decode_context_parallel_size=ranks),
+        )
+        return Schedule(config, torch.device(device), heads, (15, 0))
+
+    starts, lengths = torch.arange(5, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
+    steps = schedule()
+    first = steps.make(starts, lengths, 1, causal=True)
+    other = steps.make(starts[:3], lengths[:2], 1, causal=True)
+    again = steps.make(starts, lengths, 1, causal=True)
+    assert again is first
+    assert again.unique().tolist() == [3]  # the schedule of the last step
+    assert other.unique().tolist() == [2]
+    assert made[0][:6] == (4, 1, 4096, 8, 2, 64)  # the model's bound, whatever the step's
+    assert made[0][-1] == {"causal": True, "window_size": (15, 0)}
+    steps.make(starts, lengths, 1, causal=False)
+    assert made[-1][-1] == {"causal": False, "window_size": (15, 15)}
+    for without in (
+        schedule(device="cpu"),
+        schedule(ranks=2),
+        schedule(drafter=object()),
+        schedule(heads=None),
+    ):
+        assert without.make(starts, lengths, 1, causal=True) is None
+    assert len(made) == 4
