@@ -1,6 +1,7 @@
 # Each target sets up what it needs, once: .venv is made anew only when its inputs change.
 #   make test             everything that CI runs
 #   make demo             the main job, on whatever machine this is
+#   make test-vllm        the plugin for vLLM in the real engine, on the CPU; VLLM=0.32.0 for another version
 #   make PYTHON=python3.12 test
 # The versions installed are those of constraints.txt, which need Python 3.11 or later.
 
@@ -8,8 +9,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
+VLLM ?= 0.25.0
+VLLM_BIN := .venv-vllm/$(VLLM)/bin
+VLLM_ALSO_0.25.0 := openai-harmony==0.0.8
+VLLM_ALSO_0.32.0 := oss-harmony==0.0.11
 
-.PHONY: test lint demo long bench-cpu compile-matrix clean
+.PHONY: test lint demo long bench-cpu compile-matrix test-vllm clean
 .DELETE_ON_ERROR:
 
 test: lint
@@ -41,6 +46,18 @@ compile-matrix: $(TRITONS:%=.triton/%/.ready) $(READY)
 		PYTHONPATH=.triton/$$version $(BIN)/python -m pytest -n 2 tests/test_compile.py tests/test_driver.py tests/test_hopper.py || exit 1; \
 	done
 
+# Downloads vLLM's wheel, 250 to 330 MB, into an environment of its own. Another version than these two needs
+# its own line VLLM_ALSO_.
+test-vllm: .venv-vllm/$(VLLM)/.ready
+	$(VLLM_BIN)/python -m pytest tests/vllm_engine
+
+.venv-vllm/%/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm/$* || { $(PYTHON) -m venv --clear --without-pip .venv-vllm/$* && \
+		$(PYTHON) -m pip --python .venv-vllm/$*/bin/python install pip; }
+	.venv-vllm/$*/bin/python -m pip install --requirement constraints-vllm.txt $(VLLM_ALSO_$*)
+	.venv-vllm/$*/bin/python -m pip install --no-deps vllm==$* --editable .
+	touch $@
+
 # Some Linux distributions take ensurepip out of venv: then pip comes from outside.
 $(BIN)/python:
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
@@ -56,5 +73,5 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf .venv .triton build dist src/*.egg-info anystride-demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .triton build dist src/*.egg-info anystride-demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -prune -exec rm -rf {} +

@@ -57,6 +57,7 @@ OTHERS = {
         "anystride.bench",
     ),
     "pytest": ("anystride.testing.pytest_items",),
+    "vllm": ("anystride.adapters.vllm.",),
     "rich": ("anystride.cli",),
     "typer": ("anystride.cli",),
     "matplotlib": ("anystride.cli",),

@@ -2,6 +2,6 @@
 
 One module for each original, imported only when it is used: ``flash_mla``, ``cutlass_mla``, ``flashinfer``,
 ``vllm_triton``, ``flash_attn``. Each translates arguments and results and nothing more. None of them needs
-the original to be installed; but ``transformers``, which makes anystride an attention of Hugging Face
-transformers, does.
+the original to be installed. ``transformers``, ``vllm`` and ``sglang`` are no such modules but whole
+attention back ends, which these engines load.
 """
