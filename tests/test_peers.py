@@ -168,6 +168,7 @@ WIDE = {"window_size": (-1, 4), "causal": False, "alibi_slopes": torch.zeros(2, 
         ("vllm-triton-decode", GQA, {"v_descale": torch.ones(2, 2)}, "one scale for a whole cache"),
         ("vllm-triton-unified", replace(GQA, name="unlike", d_v=64), WIDE, "K and V of one head dimension; "
          "no keys after the query's own; alibi slopes of heads"),
+        ("vllm-triton-unified", GQA, {"v_descale": torch.ones(2, 2)}, "one scale for a whole cache"),
         ("flex-attention", replace(GQA, name="none", seqused_k=(0, 0)), {}, "a key"),
         ("flex-attention", UNEVEN, {}, "as many query tokens of each sequence"),
     ],
@@ -288,6 +289,11 @@ def test_vllm_unified_is_given_the_buffers_of_its_path_for_decoding(monkeypatch:
     assert named["softmax_segm_max"].shape == named["softmax_segm_expsum"].shape == (64, 8, 16)
     assert (args[10], args[12], others["sinks"], others["alibi_slopes"]) == ((9, 0), 5.0, sinks, slopes)
     assert (args[13], args[15], args[14].tolist()) == (None, None, [[0.5, 0.5]] * 2)
+    assert args[8] == inputs.kwargs["softmax_scale"]
+    scaled = call_of().kwargs | {"q_descale": torch.tensor(0.75)}  # which it reads for fp8 queries alone
+    find_peer("vllm-triton-unified").kernel(**scaled)
+    assert stand_in.calls[-1][0][8] == 0.75 * inputs.kwargs["softmax_scale"]
+    assert stand_in.calls[-1][0][13] is None
 
 
 # FlashMLA and FlashAttention-3.

@@ -160,11 +160,14 @@ def _unified(kwargs: dict[str, Any]) -> Call:
     by_rows = kwargs.get("k_scale_cache") is not None
     mode = KVQuantMode.FP8_PER_TOKEN_HEAD if by_rows else KVQuantMode.NONE
     batch, heads, kv_heads = kwargs["cu_seqlens_q"].shape[0] - 1, q.shape[1], k.shape[2]
+    given = {name: kwargs.get(f"{name}_descale") for name in "qkv"}
+    factors = {n: torch.as_tensor(x, dtype=torch.float32) for n, x in given.items() if x is not None}
+    demand({"one scale for a whole cache": all(factor.numel() == 1 for factor in factors.values())})
+    # The scale of queries that are not fp8 is not looked at there: it goes into the softmax's.
+    scale = kwargs["softmax_scale"] * float(factors.pop("q", 1.0))
     descales = [
-        None if (factor := kwargs.get(f"{name}_descale")) is None
-        else torch.as_tensor(factor, dtype=torch.float32, device=q.device).expand(batch, kv_heads)
-        for name in "qkv"
-    ]  # fmt: skip
+        factors[name].to(q.device).expand(batch, kv_heads) if name in factors else None for name in "qkv"
+    ]
     if not by_rows and k.itemsize == 1:
         mode = KVQuantMode.FP8_PER_TENSOR
     # vllm/v1/attention/backends/triton_attn.py: up to 128 programs are cut into 16 segments.
@@ -179,7 +182,7 @@ def _unified(kwargs: dict[str, Any]) -> Call:
     def run() -> tuple[Tensor, Tensor | None]:
         module.unified_attention(
             q, k, v, out, kwargs["cu_seqlens_q"], kwargs["max_seqlen_q"], kwargs["seqused_k"],
-            kwargs["max_seqlen_k"], kwargs["softmax_scale"], causal, (left, right), kwargs["block_table"],
+            kwargs["max_seqlen_k"], scale, causal, (left, right), kwargs["block_table"],
             kwargs.get("softcap", 0.0), *descales, seq_threshold_3D=max(128 // kv_heads, 1),
             num_par_softmax_segments=segments, softmax_segm_output=partial[0], softmax_segm_max=partial[1],
             softmax_segm_expsum=partial[2], alibi_slopes=kwargs.get("alibi_slopes"),

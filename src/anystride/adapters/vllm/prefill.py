@@ -83,7 +83,13 @@ class Prefill(MLAPrefillBackend):  # type: ignore[misc]
         return result
 
     def run_prefill_context_chunk(
-        self, chunk: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
+        self,
+        chunk_idx: Any = None,
+        q: Any = None,
+        k: Any = None,
+        v: Any = None,
+        out: Tensor | None = None,
+        chunk: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Each new token sees all of the chunk.
 
@@ -97,6 +103,7 @@ class Prefill(MLAPrefillBackend):  # type: ignore[misc]
             The output, and the lse ``[num_heads, num_tokens]``, -inf for a request without a key in it.
         """
         m = self._prefill_metadata
+        chunk = chunk_idx if chunk is None else chunk
         if isinstance(chunk, int):
             context = m.chunked_context
             starts, longest = context.cu_seq_lens[chunk], context.max_seq_lens[chunk]
