@@ -174,7 +174,7 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
             starts = _even_starts(batch, longest_query, lengths.device)
         step = Step(lengths, starts, longest_query, lengths.new_empty((batch, self._width(forward_batch, more))))
         if self.is_hybrid:
-            step.window_table = torch.empty_like(step.table)
+            step.window_table = step.table.new_empty(step.table.shape)
             step.window_slots = self._window_slots(forward_batch)
         self._fill_tables(step, forward_batch)
         self.forward_metadata = step
@@ -348,7 +348,7 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
         if self.is_mla and forward_batch.attn_attend_prefix_cache is not None and not mode.is_target_verify():
             return self._attend_rows(q, k, v, layer, forward_batch, step, given)
         out, lse = self._attend(q, q_rope, layer, step, sinks, given, return_lse)
-        return out.flatten(1) if lse is None else (out.flatten(1), lse.t().contiguous())
+        return out.flatten(1) if lse is None else (out.flatten(1), _token_major(lse))
 
     def _begin(
         self,
@@ -499,7 +499,7 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
             chunk = forward_batch.prefix_chunk_idx
             causal = False  # the whole prefix comes before the new tokens
             starts = forward_batch.prefix_chunk_cu_seq_lens[chunk]
-            longest = int(forward_batch.prefix_chunk_max_seq_lens[chunk])  # on the host
+            longest = forward_batch.prefix_chunk_max_seq_lens[chunk]  # a list
         elif forward_batch.mha_one_shot:
             if step.key_starts is None:
                 step.key_starts = step.lengths.new_zeros(step.lengths.shape[0] + 1)
@@ -521,7 +521,7 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
             batch_invariant=self.batch_invariant,
         )
         if isinstance(result, tuple):
-            return result[0], result[1].t().contiguous()
+            return result[0], _token_major(result[1])
         return result.flatten(1)
 
     def _blocks(self, buffer: Tensor) -> Tensor:
@@ -539,6 +539,11 @@ def _even_starts(batch: int, query_len: int, device: torch.device) -> Tensor:
 def _heads(rows: Tensor, heads: int) -> Tensor:
     """``[n, heads * d]`` as ``[n, heads, d]``; what has three axes stays as it is."""
     return rows if rows.dim() == 3 else rows.unflatten(-1, (heads, -1))
+
+
+def _token_major(lse: Tensor) -> Tensor:
+    """``[heads, n]`` as ``[n, heads]`` in memory, too: SGLang's merge counts its addresses from the shape."""
+    return lse.new_empty(lse.shape[::-1]).copy_(lse.t())
 
 
 def _factor(scale: Tensor | None, on_host: float | None) -> Tensor | float | None:
