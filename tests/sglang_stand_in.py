@@ -92,7 +92,14 @@ class AttentionBackend:  # layers/attention/base_attn_backend.py
         pass
 
     def forward(
-        self, q: Tensor, k: Any, v: Any, layer: Any, forward_batch: ForwardBatch, save: bool = True, **more: Any
+        self,
+        q: Tensor,
+        k: Any,
+        v: Any,
+        layer: Any,
+        forward_batch: ForwardBatch,
+        save: bool = True,
+        **more: Any,
     ) -> Any:
         if forward_batch.forward_mode.is_idle():
             return q.new_empty(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
@@ -230,7 +237,9 @@ class MLATokenToKVPool(KVCache):  # mem_cache/memory_pool.py
     def set_kv_buffer(self, layer: Any, loc_info: Any, cache_k: Tensor, cache_v: Tensor) -> None:
         self.kv_buffer[layer.layer_id][loc_info.loc] = cache_k.to(self.dtype).view(self.store_dtype)
 
-    def set_mla_kv_buffer(self, layer: Any, loc_info: Any, cache_k_nope: Tensor, cache_k_rope: Tensor) -> None:
+    def set_mla_kv_buffer(
+        self, layer: Any, loc_info: Any, cache_k_nope: Tensor, cache_k_rope: Tensor
+    ) -> None:
         self.set_kv_buffer(layer, loc_info, torch.cat([cache_k_nope, cache_k_rope], -1), cache_k_nope)
 
 
@@ -273,7 +282,13 @@ class SWAKVPool(BaseSWAKVPool):  # mem_cache/swa_memory_pool.py
         return pool.get_kv_buffer(index)
 
     def set_kv_buffer(
-        self, layer: Any, loc_info: Any, cache_k: Tensor, cache_v: Tensor, k_scale: Any = 1.0, v_scale: Any = 1.0
+        self,
+        layer: Any,
+        loc_info: Any,
+        cache_k: Tensor,
+        cache_v: Tensor,
+        k_scale: Any = 1.0,
+        v_scale: Any = 1.0,
     ) -> None:
         pool, index, has_window = self._of(layer.layer_id)
         loc = loc_info.swa_loc if has_window else loc_info.loc

@@ -120,7 +120,7 @@ class World:
             attention_chunk_size=None,
             model_config=SimpleNamespace(is_encoder_decoder=False),
         )
-        with published(**self.server), sglang_stand_in.installed():
+        with published(**self.server):
             self.backend = ours.AnystrideBackend(self.runner)
         self.rows: list[list[tuple[Tensor, Tensor]]] = [
             [self._new_rows(0) for _ in range(LAYERS)] for _ in self.lengths
@@ -298,3 +298,509 @@ def test_layers_with_a_window_live_in_a_pool_of_their_own(device: str, page: int
             world.backend.init_forward_metadata(batch)
         for layer in (window, full):
             check(world, *world.run(layer, batch, new))
+
+
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_requests_may_be_empty(device: str, kind: str) -> None:
+    world = World(kind, 2, device, lengths=(5, 0, 12))
+    result = step(world, make_layer(world), [5, 0, 12])
+    assert result.shape[0] == 17
+    batch = world.batch([0, 0, 0], ForwardMode.DECODE)  # lengths 12, 0, 5, as padding has
+    world.backend.init_forward_metadata(batch)
+    q = world.random(3, HEADS * make_layer(world).head_dim)
+    out = world.backend.forward(q, None, None, make_layer(world), batch)
+    assert out[1].eq(0).all()
+    assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_layer_may_read_what_an_earlier_layer_stored(device: str) -> None:
+    world = World("mha", 2, device)
+    step(world, make_layer(world), list(world.lengths))
+    batch = world.batch([0, 0, 0], ForwardMode.DECODE)
+    world.backend.init_forward_metadata(batch)
+    q = world.random(3, HEADS, D)
+    before = [buffer.clone() for buffers in world.buffers for buffer in buffers]
+    out = world.backend.forward(q, None, None, make_layer(world), batch)
+
+    def statement(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        both = [one_sequence(q[b : b + 1], *world.rows[i][1], 0.3, dtype) for b, i in enumerate(world.order)]
+        return torch.cat([o for o, _ in both]), torch.cat([x for _, x in both])
+
+    check(world, out, statement)
+    k, v = (world.random(3, KV_HEADS, D) for _ in range(2))
+    again = world.backend.forward(q, k, v, make_layer(world), batch, False)
+    assert torch.equal(again, out)
+    after = [buffer for buffers in world.buffers for buffer in buffers]
+    assert all(
+        torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(before, after, strict=True)
+    )
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_fp8_pools_have_a_scale_for_keys_and_one_for_values(device: str, kv_dtype: torch.dtype) -> None:
+    world = World("mha", 4, device, kv_dtype=kv_dtype)
+    layer = make_layer(world)
+    layer.k_scale, layer.v_scale = (torch.tensor([x], device=device) for x in (0.5, 0.25))
+    for on_host in ((None, None), (0.5, 0.25)):
+        layer.k_scale_float, layer.v_scale_float = on_host
+        step(world, layer, [3, 1, 4], factors=(0.5, 0.25))
+        step(world, layer, [1, 1, 1], ForwardMode.DECODE, factors=(0.5, 0.25))
+    assert world.pool.k_buffer[1].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fp8_rows_of_mla_are_stored_and_read_as_they_are(device: str) -> None:
+    # The pool's own writer, which SGLang's model calls as well, has no argument for a scale.
+    world = World("mla", 4, device, kv_dtype=torch.float8_e4m3fn)
+    layer = make_layer(world)
+    layer.k_scale, layer.k_scale_float = torch.tensor([0.5], device=device), 0.5
+    step(world, layer, list(world.lengths))
+    step(world, layer, [1, 1, 1], ForwardMode.DECODE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_heads_may_come_before_tokens(device: str) -> None:
+    world = World("mha", 4, device)
+    layer = make_layer(world)
+    step(world, layer, list(world.lengths))
+    for buffers in world.buffers:  # the same tokens as [pages, heads, tokens, d], SGLang's hnd
+        paged = buffers[1].unflatten(0, (-1, 4))
+        buffers[1] = paged.transpose(1, 2).contiguous()
+        assert buffers[1].shape[1:] == (KV_HEADS, 4, D)
+    batch = world.batch([0, 0, 0], ForwardMode.DECODE)
+    world.backend.init_forward_metadata(batch)
+    q = world.random(3, HEADS, D)
+    out = world.backend.forward(q, None, None, layer, batch)
+
+    def statement(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        both = [one_sequence(q[b : b + 1], *world.rows[i][1], 0.3, dtype) for b, i in enumerate(world.order)]
+        return torch.cat([o for o, _ in both]), torch.cat([x for _, x in both])
+
+    check(world, out, statement)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_pool_that_moves_its_pages_translates_its_own_table(device: str) -> None:
+    world = World("mha", 4, device)
+    layer = make_layer(world)
+    step(world, layer, list(world.lengths))
+    pages = world.size // 4 + 1
+    moved = torch.randperm(pages, generator=torch.Generator().manual_seed(9)).to(device)
+    for buffers in world.buffers:
+        old = buffers[1].unflatten(0, (-1, 4))
+        new = torch.full_like(old, float("nan"))
+        new[moved] = old[:pages]
+        buffers[1] = new.flatten(0, 1)
+    batch = world.batch([0, 0, 0], ForwardMode.DECODE)
+    batch.kv_loc_plan = "the step's plan"
+    asked = []
+
+    def copy_page_table(plan: object, *, out: Tensor) -> None:
+        asked.append(plan)
+        rows = world.slots.req_to_token[batch.req_pool_indices, ::4][:, : out.shape[1]]
+        out.copy_(moved[(rows // 4).clamp(max=pages - 1).long()])
+
+    world.backend.kv_index_translator = SimpleNamespace(
+        reads_are_translated=True, copy_page_table=copy_page_table
+    )
+    world.backend.init_forward_metadata(batch)
+    assert asked == ["the step's plan"]
+    q = world.random(3, HEADS, D)
+    out = world.backend.forward(q, None, None, layer, batch)
+
+    def statement(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        both = [one_sequence(q[b : b + 1], *world.rows[i][1], 0.3, dtype) for b, i in enumerate(world.order)]
+        return torch.cat([o for o, _ in both]), torch.cat([x for _, x in both])
+
+    check(world, out, statement)
+
+
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_drafted_tokens_are_verified_as_a_causal_extend(device: str, kind: str) -> None:
+    world = World(kind, 2, device)
+    layer = make_layer(world)
+    step(world, layer, list(world.lengths))
+    held = list(world.held)
+    batch = world.batch(
+        [3, 3, 3], ForwardMode.TARGET_VERIFY, spec_info=SimpleNamespace(draft_token_num=3, topk=1)
+    )
+    batch.seq_lens = torch.tensor([held[i] for i in world.order], device=device)  # without the drafted ones
+    batch.seq_lens_cpu = batch.seq_lens.cpu()
+    batch.extend_seq_lens = batch.extend_seq_lens_cpu = None
+    with never_waits(device):
+        world.backend.init_forward_metadata(batch)
+    check(world, *world.run(layer, batch, [3, 3, 3]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_encoder_sees_both_ways(device: str) -> None:
+    world = World("mha", 2, device)
+    layer = make_layer(world, attn_type=AttentionType.ENCODER_ONLY)
+    step(world, layer, list(world.lengths), state={"causal": False})
+
+
+@pytest.mark.parametrize("way", ["new tokens", "all tokens", "a chunk of the prefix"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_prompts_of_mla_may_come_with_rows_of_each_head(device: str, way: str) -> None:
+    world = World("mla", 2, device)
+    step(world, make_layer(world), list(world.lengths))
+    prefix = [world.held[i] for i in world.order]
+    new = [3, 1, 7]
+    counts = [new[i] for i in world.order]
+    batch = world.batch(new)
+    layer = RadixAttention(HEADS, 24, 0.2, HEADS, 1, v_head_dim=D)
+    keys = {"new tokens": counts, "a chunk of the prefix": [9, 0, 5]}.get(
+        way, [a + b for a, b in zip(prefix, counts, strict=True)]
+    )
+    q, k, v = (
+        world.random(11, HEADS, 24),
+        world.random(sum(keys), HEADS, 24),
+        world.random(sum(keys), HEADS, D),
+    )
+    batch.attn_attend_prefix_cache = way == "a chunk of the prefix"
+    batch.mha_one_shot = way == "all tokens"
+    batch.mha_return_lse = way != "all tokens"
+    if batch.attn_attend_prefix_cache:
+        starts = torch.tensor([[0, 1, 2, 3], [0, 9, 9, 14]], dtype=torch.int32, device=device)
+        batch.prefix_chunk_idx, batch.prefix_chunk_cu_seq_lens = 1, starts
+        batch.prefix_chunk_max_seq_lens = [1, 9]
+    causal = not batch.attn_attend_prefix_cache
+
+    def statement(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        parts = (x.split(n) for x, n in ((q, counts), (k, keys), (v, keys)))
+        both = [one_sequence(*three, 0.2, dtype, causal=causal) for three in zip(*parts, strict=True)]
+        return torch.cat([o for o, _ in both]), torch.cat([x for _, x in both])
+
+    with never_waits(device):
+        world.backend.init_forward_metadata(batch)
+        result = world.backend.forward(q.flatten(1), k, v, layer, batch, False)
+    if way == "all tokens":
+        result = result.unflatten(1, (HEADS, D)), None
+    assert_as_stated(statement, *result, torch.bfloat16)
+    if way == "a chunk of the prefix":
+        assert result[1].is_contiguous()
+        assert (result[1][7] == float("-inf")).all()  # the one new token of the request without a key
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_result_goes_where_a_prefill_graph_wants_it(device: str) -> None:
+    world = World("mha", 2, device)
+    batch = world.batch(list(world.lengths))
+    batch._attn_output = torch.full((18, HEADS * D), float("nan"), dtype=torch.bfloat16, device=device)
+    world.backend.init_forward_metadata(batch)
+    result, statement = world.run(make_layer(world), batch, list(world.lengths))
+    assert result.data_ptr() == batch._attn_output.data_ptr()
+    check(world, batch._attn_output, statement)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_extend_returns_its_lse_token_by_token(device: str) -> None:
+    world = World("mha", 2, device)
+    batch = world.batch(list(world.lengths))
+    world.backend.init_forward_metadata(batch)
+    (out, lse), statement = world.run(make_layer(world), batch, list(world.lengths), return_lse=True)
+    assert lse.shape == (18, HEADS)
+    assert lse.is_contiguous()
+    assert_as_stated(statement, out.unflatten(1, (HEADS, D)), lse, torch.bfloat16)
+
+
+def test_the_host_narrows_a_table_where_it_knows_the_lengths() -> None:
+    world = World("mha", 4)
+    layer = make_layer(world)
+    step(world, layer, list(world.lengths))
+    new = [1, 1, 1]
+    for known, pages in ((True, 4), (False, 10)):
+        batch = world.batch(new, ForwardMode.DECODE)
+        batch.seq_lens_cpu = batch.seq_lens.clone() if known else None
+        world.backend.init_forward_metadata(batch)
+        assert world.backend.forward_metadata.table.shape == (3, pages)
+        check(world, *world.run(layer, batch, new))
+
+
+def test_the_work_is_shared_out_once_for_layers_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World("mha", 2)
+    made: list[Tensor] = []
+    used: list[Any] = []
+    schedule, attention = ours.get_scheduler_metadata, ours.flash_attn_varlen_func
+
+    def get_scheduler_metadata(*args: Any, **options: Any) -> Tensor:
+        made.append(schedule(*args, **options))
+        return made[-1]
+
+    def flash_attn_varlen_func(*args: Any, **options: Any) -> Any:
+        used.append(options["scheduler_metadata"])
+        return attention(*args, **options)
+
+    monkeypatch.setattr(ours, "get_scheduler_metadata", get_scheduler_metadata)
+    monkeypatch.setattr(ours, "flash_attn_varlen_func", flash_attn_varlen_func)
+    batch = world.batch(list(world.lengths))
+    world.backend.init_forward_metadata(batch)
+    for layer in (make_layer(world, 0), make_layer(world, 1, sliding_window_size=3), make_layer(world, 2)):
+        check(world, *world.run(layer, batch, list(world.lengths)))
+    assert len(made) == 2
+    assert [id(x) for x in used] == [id(made[0]), id(made[1]), id(made[0])]
+
+
+def test_deterministic_inference_asks_for_bits_that_do_not_hang_on_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[Any, Any]] = []
+    attention = ours.flash_attn_varlen_func
+
+    def flash_attn_varlen_func(*args: Any, **options: Any) -> Any:
+        asked.append((options["batch_invariant"], options["scheduler_metadata"]))
+        return attention(*args, **options)
+
+    monkeypatch.setattr(ours, "flash_attn_varlen_func", flash_attn_varlen_func)
+    world = World("mha", 2, server={"deterministic": True})
+    step(world, make_layer(world), list(world.lengths))
+    assert asked == [(True, None)]
+
+
+# ---- CUDA graphs
+
+
+@pytest.mark.parametrize("window_layer", [None, 1])
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_graphs_are_replayed_at_other_lengths_and_padded(
+    device: str, kind: str, window_layer: int | None
+) -> None:
+    if kind == "mla" and window_layer is not None:
+        pytest.skip("hybrid pools here are of MHA")
+    world = World(kind, 2, device, window_layer=window_layer)
+    layer = make_layer(world, 1, sliding_window_size=-1 if window_layer is None else 4)
+    prompts = world.batch(list(world.lengths))
+    world.backend.init_forward_metadata(prompts)
+    check(world, *world.run(layer, prompts, list(world.lengths)))
+
+    rows, fill = 4, world.backend.get_cuda_graph_seq_len_fill_value()
+    world.backend.init_cuda_graph_state(rows, rows)
+    d = layer.head_dim
+    kv = (1, RANK + ROPE) if kind == "mla" else (KV_HEADS, D)
+    q, k, v = (
+        torch.zeros(rows, *shape, dtype=torch.bfloat16, device=device) for shape in ((HEADS, d), kv, kv)
+    )
+    static = world.batch([0, 0, 0], ForwardMode.DECODE)
+    static.batch_size = rows
+    static.req_pool_indices = torch.zeros(rows, dtype=torch.int64, device=device)
+    static.seq_lens = torch.full((rows,), fill, dtype=torch.int64, device=device)
+    static.out_cache_loc = torch.zeros(rows, dtype=torch.int64, device=device)
+    static.seq_lens_cpu = torch.full((rows,), 1)  # stale, as where the engine does not keep it
+    world.translator.bind_own_plan(static)
+
+    def forward() -> Tensor:
+        world.backend.init_forward_metadata_in_graph(static)
+        more: dict[str, Any] = {"q_rope": q[..., RANK:], "k_rope": k[..., RANK:]} if kind == "mla" else {}
+        given = (q[..., :RANK], k[..., :RANK], k[..., :RANK]) if kind == "mla" else (q, k, v)
+        result: Tensor = world.backend.forward(*given, layer, static, **more)
+        return result
+
+    world.backend.init_forward_metadata_out_graph(static, in_capture=True)
+    captured = world.backend.forward_metadata
+    replay: Callable[[], Tensor] = forward
+    if device == "cuda":
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = forward()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return kept
+
+    addresses = [captured.lengths.data_ptr(), captured.table.data_ptr(), captured.starts.data_ptr()]
+    for _ in range(3):
+        live = world.batch([1, 1, 1], ForwardMode.DECODE)
+        static.req_pool_indices[:3], static.seq_lens[:3] = live.req_pool_indices, live.seq_lens
+        static.out_cache_loc[:3] = live.out_cache_loc
+        world.translator.bind_own_plan(static)
+        fresh_q = world.random(3, HEADS, d)
+        pairs = [world._new_rows(1) for _ in world.order]
+        for i, pair in zip(world.order, pairs, strict=True):
+            held = world.rows[i][1]
+            world.rows[i][1] = torch.cat([held[0], pair[0]]), torch.cat([held[1], pair[1]])
+        q[:3], k[:3] = fresh_q, torch.cat([pair[0] for pair in pairs])
+        if kind == "mha":
+            v[:3] = torch.cat([pair[1] for pair in pairs])
+        with never_waits(device):
+            world.backend.init_forward_metadata_out_graph(static)
+        step_ = world.backend.forward_metadata
+        assert [step_.lengths.data_ptr(), step_.table.data_ptr(), step_.starts.data_ptr()] == addresses
+        out = replay()
+        assert out[3].eq(0).all()  # the padding
+
+        def statement(dtype: torch.dtype, fresh_q: Tensor = fresh_q) -> tuple[Tensor, Tensor]:
+            both = [
+                one_sequence(
+                    fresh_q[b : b + 1], *world.rows[i][1], layer.scaling, dtype,
+                    causal=True, window_left=layer.sliding_window_size,
+                )
+                for b, i in enumerate(world.order)
+            ]  # fmt: skip
+            return torch.cat([o for o, _ in both]), torch.cat([x for _, x in both])
+
+        check(world, out[:3], statement)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_graphs_verify_drafted_tokens(device: str) -> None:
+    world = World("mha", 2, device)
+    layer = make_layer(world)
+    step(world, layer, list(world.lengths))
+    world.backend.init_cuda_graph_state(3, 6)
+    held = list(world.held)
+    batch = world.batch(
+        [2, 2, 2], ForwardMode.TARGET_VERIFY, spec_info=SimpleNamespace(draft_token_num=2, topk=1)
+    )
+    batch.seq_lens = torch.tensor([held[i] for i in world.order], device=device)
+    with never_waits(device):
+        world.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    assert world.backend.forward_metadata.starts.tolist() == [0, 2, 4, 6]
+    check(world, *world.run(layer, batch, [2, 2, 2]))
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "server", "model"),
+    [
+        ("attn_dcp_size", {"dcp": 2}, {}),
+        ("attn_cp_size", {"cp": 2}, {}),
+        ("speculative_eagle_topk", {"topk": 4}, {}),
+        ("is_encoder_decoder", {}, {"model_config": SimpleNamespace(is_encoder_decoder=True)}),
+        ("attention_chunk_size", {}, {"attention_chunk_size": 8192}),
+        ("kv_cache_dtype", {}, {"kv_cache_dtype": torch.uint8, "kv_cache_dtype_str": "fp4_e2m1"}),
+        ("kv_cache_dtype", {}, {"kv_cache_dtype_str": "mxfp8"}),
+    ],
+)
+def test_models_and_servers_are_refused_by_name(
+    name: str, server: dict[str, Any], model: dict[str, Any]
+) -> None:
+    runner = SimpleNamespace(**(vars(World().runner) | model))
+
+    def make(**_: Any) -> None:
+        with published(**server):
+            ours.AnystrideBackend(runner)
+
+    assert_refused(ours.MODEL_REFUSED, name, None, make)
+
+
+def test_a_layout_that_cuts_dimensions_is_refused() -> None:
+    world = World()
+    world.pool.kv_cache_layout = "vectorized_5d"
+
+    def make(**_: Any) -> None:
+        with published():
+            ours.AnystrideBackend(world.runner)
+
+    assert_refused(ours.MODEL_REFUSED, "kv_cache_layout", None, make)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("is_cross_attention", True),
+        ("attn_type", AttentionType.DECODER_BIDIRECTIONAL),
+        ("pos_encoding_mode", "ROPE_LLAMA"),
+        ("logit_capping_method", "other"),
+        ("xai_temperature_len", 1024),
+    ],
+)
+def test_layers_are_refused_by_name(name: str, value: object) -> None:
+    world = World()
+    layer = make_layer(world, logit_cap=3.0)
+    setattr(layer, name, value)
+    assert_refused(ours.LAYER_REFUSED, name, value, lambda **_: step(world, layer, list(world.lengths)))
+
+
+@pytest.mark.parametrize("name", [*ours.CALL_REFUSED, "of_another_version"])
+def test_arguments_of_a_call_are_refused_by_name(name: str) -> None:
+    world = World()
+    batch = world.batch(list(world.lengths))
+    world.backend.init_forward_metadata(batch)
+    run = functools.partial(world.run, make_layer(world), batch, list(world.lengths))
+    with pytest.raises(UnsupportedError) as caught:
+        run(**{name: 7})
+    assert list(caught.value.refusals) == [name]
+    assert ours.CALL_REFUSED.get(name, "has no counterpart here") in str(caught.value)
+    run(**{name: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "more"),
+    [
+        ("forward_mode", ForwardMode.DRAFT_EXTEND_V2, {}),
+        ("forward_mode", ForwardMode.DLLM_EXTEND, {}),
+        ("spec_info", ForwardMode.DECODE, {"spec_info": SimpleNamespace()}),
+        ("encoder_lens", ForwardMode.DECODE, {"encoder_lens": torch.ones(3)}),
+        ("topk", ForwardMode.TARGET_VERIFY, {"spec_info": SimpleNamespace(topk=4, draft_token_num=2)}),
+        (
+            "ragged_verify_layout",
+            ForwardMode.TARGET_VERIFY,
+            {"spec_info": SimpleNamespace(ragged_verify_layout=object(), draft_token_num=2)},
+        ),
+    ],
+)
+def test_steps_are_refused_by_name(name: str, mode: Any, more: dict[str, Any]) -> None:
+    world = World()
+    world.backend.init_cuda_graph_state(3, 3)
+    batch = world.batch([1, 1, 1], mode, **more)
+    for start in (world.backend.init_forward_metadata, world.backend.init_forward_metadata_out_graph):
+        assert_refused(ours.STEP_REFUSED, name, None, lambda start=start, **_: start(batch))
+
+
+def test_graphs_of_prompts_are_refused() -> None:
+    world = World()
+    world.backend.init_cuda_graph_state(3, 18)
+    batch = world.batch(list(world.lengths))
+    assert_refused(
+        ours.GRAPH_REFUSED,
+        "forward_mode",
+        None,
+        lambda **_: world.backend.init_forward_metadata_out_graph(batch),
+    )
+
+
+def test_an_idle_rank_needs_no_step() -> None:
+    world = World()
+    batch = world.batch([0, 0, 0], ForwardMode.IDLE)
+    world.backend.init_forward_metadata(batch)
+    assert world.backend.forward(world.random(0, HEADS * D), None, None, make_layer(world), batch).shape == (
+        0,
+        HEADS * D,
+    )
+
+
+def test_the_plugin_makes_a_choice_of_itself() -> None:
+    with sglang_stand_in.installed():
+        from sglang.srt.arg_groups import choices
+        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+        from sglang.srt.models.deepseek_common import attention_backend_handler as handler
+        from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS as absorb
+
+        for _ in range(2):  # every process calls it, some twice
+            plugin.register()
+        for known in (
+            choices.ATTENTION_BACKEND_CHOICES,
+            choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES,
+            choices.CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS,
+        ):
+            assert known.count("anystride") == 1
+        make = ATTENTION_BACKENDS["anystride"]
+        with published():
+            assert isinstance(make(World("mha").runner), ours.AnystrideBackend)
+            assert "anystride" not in absorb
+            for _ in range(2):
+                assert isinstance(make(World("mla").runner), ours.AnystrideBackend)
+        assert absorb.count("anystride") == 1
+        assert handler.AttentionBackendRegistry.get_handler("anystride") is handler.handle_attention_fa3

@@ -63,6 +63,9 @@ STEP_REFUSED = {
     "forward_mode": _DRAFT,
     "spec_info": _DRAFT,
     "encoder_lens": Refusal(None, "asks for cross attention, which reads another cache", _OTHER),
+    "topk": Refusal(
+        1, "asks to verify a tree of tokens, whose mask is not causal", "--speculative-eagle-topk 1"
+    ),
     "ragged_verify_layout": Refusal(
         None, "asks to verify as many tokens of each request as it says", "a fixed number of draft tokens"
     ),
@@ -172,7 +175,9 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
         else:
             longest_query = more or 1
             starts = _even_starts(batch, longest_query, lengths.device)
-        step = Step(lengths, starts, longest_query, lengths.new_empty((batch, self._width(forward_batch, more))))
+        step = Step(
+            lengths, starts, longest_query, lengths.new_empty((batch, self._width(forward_batch, more)))
+        )
         if self.is_hybrid:
             step.window_table = step.table.new_empty(step.table.shape)
             step.window_slots = self._window_slots(forward_batch)
@@ -592,9 +597,7 @@ def _check_layer(layer: Any) -> None:
 
 def _check_call(others: dict[str, Any]) -> None:
     asked = {name: value for name, value in others.items() if value is not None and value is not False}
-    why = {
-        name: Refusal(None, CALL_REFUSED.get(name, "has no counterpart here"), _OTHER) for name in asked
-    }
+    why = {name: Refusal(None, CALL_REFUSED.get(name, "has no counterpart here"), _OTHER) for name in asked}
     refuse(OPERATION, why, **asked)
 
 
@@ -609,6 +612,7 @@ def _check_step(forward_batch: Any) -> int:
         forward_mode=None if known else mode,
         spec_info=None if drafts or not mode.is_decode() or spec is None else type(spec).__name__,
         encoder_lens=forward_batch.encoder_lens,
+        topk=getattr(spec, "topk", 1) if drafts else 1,
         ragged_verify_layout=getattr(spec, "ragged_verify_layout", None),
     )
     return int(spec.draft_token_num) if drafts else 0
