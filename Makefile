@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
-.PHONY: test lint demo long bench-cpu compile-matrix clean
+.PHONY: test test-sglang lint demo long bench-cpu compile-matrix clean
 .DELETE_ON_ERROR:
 
 test: lint
@@ -41,6 +41,11 @@ compile-matrix: $(TRITONS:%=.triton/%/.ready) $(READY)
 		PYTHONPATH=.triton/$$version $(BIN)/python -m pytest -n 2 tests/test_compile.py tests/test_driver.py tests/test_hopper.py || exit 1; \
 	done
 
+# The back end of SGLang against SGLang's own classes, on a CPU. SGLang pins PyTorch for CUDA and much that only
+# a server needs, so it and torchvision come without what they depend on.
+test-sglang: .sglang/.ready
+	.sglang/bin/python -m pytest -W ignore tests/test_adapters_sglang.py
+
 # Some Linux distributions take ensurepip out of venv: then pip comes from outside.
 $(BIN)/python:
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
@@ -50,11 +55,17 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+.sglang/.ready: pyproject.toml constraints.txt tests/sglang_requirements.txt
+	$(PYTHON) -m venv .sglang
+	.sglang/bin/python -m pip install -r tests/sglang_requirements.txt
+	.sglang/bin/python -m pip install --no-deps sglang==0.5.23 torchvision==0.15.2 --editable .
+	touch $@
+
 .triton/%/.ready: | $(BIN)/python
 	rm -rf .triton/$*
 	$(BIN)/python -m pip install --no-deps --target .triton/$* triton==$*
 	touch $@
 
 clean:
-	rm -rf .venv .triton build dist src/*.egg-info anystride-demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .triton .sglang build dist src/*.egg-info anystride-demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -prune -exec rm -rf {} +

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -325,7 +326,29 @@ class KVIndexTranslator:  # mem_cache/kv_index_translator.py, for pools that do 
         return ids
 
 
-PARALLEL = SimpleNamespace(attn_dcp_size=1, attn_cp_size=1)
+class Settings:  # runtime_context.py
+    """The parts of the server's arguments that are read: a fixture for tests, as in the original."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    @contextmanager
+    def override(self, **values: Any) -> Iterator[None]:
+        with mock.patch.multiple(self, **values):
+            yield
+
+
+class Context:  # runtime_context.py
+    @contextmanager
+    def override_server_args(self, **fields: Any) -> Iterator[None]:
+        EXEC.deterministic.enable_deterministic_inference = fields.get(
+            "enable_deterministic_inference", False
+        )
+        SPEC.speculative_eagle_topk = fields.get("speculative_eagle_topk")
+        yield
+
+
+PARALLEL = Settings(tp_size=1, attn_tp_size=1, attn_dcp_rank=0, attn_dcp_size=1, attn_cp_size=1)
 SPEC = SimpleNamespace(speculative_eagle_topk=None)
 EXEC = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=False))
 
@@ -335,7 +358,7 @@ ABSORB = ["fa3"]
 
 
 class AttentionBackendRegistry:  # models/deepseek_common/attention_backend_handler.py
-    handlers: dict[str, Any] = {}
+    handlers: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def register(cls, backend_name: str, handler_func: Any) -> None:
@@ -390,6 +413,7 @@ MODULES: dict[str, dict[str, Any]] = {
     },
     "models.deepseek_common.utils": {"FORWARD_ABSORB_CORE_ATTENTION_BACKENDS": ABSORB},
     "runtime_context": {
+        "get_context": Context,
         "get_exec": lambda: EXEC,
         "get_parallel": lambda: PARALLEL,
         "get_spec": lambda: SPEC,
@@ -400,7 +424,7 @@ MODULES: dict[str, dict[str, Any]] = {
 @contextmanager
 def installed() -> Iterator[None]:
     """Make ``import sglang.srt...`` find the stand-ins, unless SGLang is installed."""
-    if IS_REAL:
+    if IS_REAL or "sglang" in sys.modules:
         yield
         return
     made: dict[str, ModuleType] = {}
@@ -425,17 +449,17 @@ def installed() -> Iterator[None]:
 def published(
     dcp: int = 1, cp: int = 1, topk: int | None = None, deterministic: bool = False
 ) -> Iterator[None]:
-    """What the server's arguments say, as the back end reads it when it is made."""
-    from unittest import mock
+    """The server's arguments, as the back end reads them when it is made."""
+    with installed():
+        from sglang.srt.runtime_context import get_context, get_parallel
 
-    from anystride.adapters.sglang import backend
-
-    said = {
-        "get_parallel": SimpleNamespace(attn_dcp_size=dcp, attn_cp_size=cp),
-        "get_spec": SimpleNamespace(speculative_eagle_topk=topk),
-        "get_exec": SimpleNamespace(
-            deterministic=SimpleNamespace(enable_deterministic_inference=deterministic)
-        ),
-    }
-    with mock.patch.multiple(backend, **{name: (lambda bag=bag: bag) for name, bag in said.items()}):
-        yield
+        ranks = {
+            "attn_tp_size": 1,
+            "attn_dcp_rank": 0,
+            "attn_dcp_size": dcp,
+            "attn_cp_size": cp,
+            "tp_size": cp,
+        }
+        said = {"speculative_eagle_topk": topk, "enable_deterministic_inference": deterministic}
+        with get_context().override_server_args(**said), get_parallel().override(**ranks):
+            yield

@@ -7,8 +7,11 @@ Each test states what a layer must return in float64, from the rows that it put 
 from __future__ import annotations
 
 import functools
+import runpy
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,9 +31,10 @@ with sglang_stand_in.installed():
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool, ReqToTokenPool
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-    from sglang.srt.runtime_context import get_parallel
 
-    from anystride.adapters.sglang import backend as ours
+    from anystride.adapters.sglang import backend
+
+ours: Any = backend  # tests look behind what it exports
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYERS = 3
@@ -41,10 +45,7 @@ RANK, ROPE = 32, 16
 
 @pytest.fixture(autouse=True)
 def _one_rank() -> Iterator[None]:
-    if not sglang_stand_in.IS_REAL:
-        yield
-        return
-    with get_parallel().override(attn_dcp_size=1, attn_dcp_rank=0, dcp_enabled=False, attn_cp_size=1):
+    with published():
         yield
 
 
@@ -139,7 +140,7 @@ class World:
         return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
 
     def batch(self, new: list[int], mode: Any = ForwardMode.EXTEND, **more: Any) -> Any:
-        """A step in which request ``i`` gets ``new[i]`` tokens; all requests are in it, the last one first."""
+        """A step in which request ``i`` gets ``new[i]`` tokens; all are in it, the last one first."""
         lengths = []
         slots = []
         for i in self.order:
@@ -183,7 +184,7 @@ class World:
         new: list[int],
         *,
         apart: bool = True,
-        state: dict[str, Any] | None = None,
+        causal: bool = True,
         sinks: Tensor | None = None,
         factors: tuple[float, float] = (1.0, 1.0),
         **more: Any,
@@ -212,12 +213,11 @@ class World:
         def statement(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             outs, lses, row = [], [], 0
             for i, (k, v) in zip(self.order, kept, strict=True):
-                stored = [(x / f).to(kv_dtype).to(dtype) * f for x, f in zip((k, v), factors, strict=True)]
+                k, v = ((x / f).to(kv_dtype).to(dtype) * f for x, f in zip((k, v), factors, strict=True))
                 n = new[i]
                 out, lse = one_sequence(
-                    q[row : row + n], *stored, layer.scaling, dtype,
-                    **({"causal": True, "window_left": layer.sliding_window_size, "softcap": layer.logit_cap}
-                       | (state or {})),
+                    q[row : row + n], k, v, layer.scaling, dtype,
+                    causal=causal, window_left=layer.sliding_window_size, softcap=layer.logit_cap,
                 )  # fmt: skip
                 if sinks is not None:
                     whole = torch.logaddexp(lse, sinks.to(dtype))
@@ -240,6 +240,22 @@ def check(world: World, result: Tensor, statement: Any, dtype: torch.dtype | Non
     width = RANK if world.kind == "mla" else D
     assert result.shape == (result.shape[0], HEADS * width)
     assert_as_stated(statement, result.unflatten(1, (HEADS, width)), None, dtype or world.dtype)
+
+
+def decoded(world: World, q: Tensor, layer: Any) -> Callable[[torch.dtype], tuple[Tensor, Tensor]]:
+    """What a row of each request must return over all that the request holds."""
+
+    def statement(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        both = [
+            one_sequence(
+                q[b : b + 1], world.rows[i][layer.layer_id][0], world.rows[i][layer.layer_id][1],
+                layer.scaling, dtype, causal=True, window_left=layer.sliding_window_size,
+            )
+            for b, i in enumerate(world.order)
+        ]  # fmt: skip
+        return torch.cat([out for out, _ in both]), torch.cat([lse for _, lse in both])
+
+    return statement
 
 
 def step(world: World, layer: Any, new: list[int], mode: Any = ForwardMode.EXTEND, **more: Any) -> Tensor:
@@ -298,6 +314,18 @@ def test_layers_with_a_window_live_in_a_pool_of_their_own(device: str, page: int
             world.backend.init_forward_metadata(batch)
         for layer in (window, full):
             check(world, *world.run(layer, batch, new))
+    # What has left the window is given back: its pages lead to slot 0 or nowhere, and hold others' tokens.
+    for i, held in enumerate(world.held):
+        gone = world.own[i][: max(held - 5 - 1, 0) // page * page].to(device)
+        where = world.pool.full_to_swa_index_mapping[gone]
+        for buffer in (world.pool.swa_kv_pool.k_buffer[0], world.pool.swa_kv_pool.v_buffer[0]):
+            buffer[where] = float("nan")
+        world.pool.full_to_swa_index_mapping[gone] = -1 if i == 2 else 0
+    new = [1, 1, 1]
+    batch = world.batch(new, ForwardMode.DECODE)
+    with never_waits(device):
+        world.backend.init_forward_metadata(batch)
+    check(world, *world.run(window, batch, new))
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
@@ -323,12 +351,7 @@ def test_a_layer_may_read_what_an_earlier_layer_stored(device: str) -> None:
     q = world.random(3, HEADS, D)
     before = [buffer.clone() for buffers in world.buffers for buffer in buffers]
     out = world.backend.forward(q, None, None, make_layer(world), batch)
-
-    def statement(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        both = [one_sequence(q[b : b + 1], *world.rows[i][1], 0.3, dtype) for b, i in enumerate(world.order)]
-        return torch.cat([o for o, _ in both]), torch.cat([x for _, x in both])
-
-    check(world, out, statement)
+    check(world, out, decoded(world, q, make_layer(world)))
     k, v = (world.random(3, KV_HEADS, D) for _ in range(2))
     again = world.backend.forward(q, k, v, make_layer(world), batch, False)
     assert torch.equal(again, out)
@@ -374,12 +397,7 @@ def test_heads_may_come_before_tokens(device: str) -> None:
     world.backend.init_forward_metadata(batch)
     q = world.random(3, HEADS, D)
     out = world.backend.forward(q, None, None, layer, batch)
-
-    def statement(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        both = [one_sequence(q[b : b + 1], *world.rows[i][1], 0.3, dtype) for b, i in enumerate(world.order)]
-        return torch.cat([o for o, _ in both]), torch.cat([x for _, x in both])
-
-    check(world, out, statement)
+    check(world, out, decoded(world, q, make_layer(world)))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -410,12 +428,7 @@ def test_a_pool_that_moves_its_pages_translates_its_own_table(device: str) -> No
     assert asked == ["the step's plan"]
     q = world.random(3, HEADS, D)
     out = world.backend.forward(q, None, None, layer, batch)
-
-    def statement(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        both = [one_sequence(q[b : b + 1], *world.rows[i][1], 0.3, dtype) for b, i in enumerate(world.order)]
-        return torch.cat([o for o, _ in both]), torch.cat([x for _, x in both])
-
-    check(world, out, statement)
+    check(world, out, decoded(world, q, make_layer(world)))
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
@@ -440,7 +453,7 @@ def test_drafted_tokens_are_verified_as_a_causal_extend(device: str, kind: str) 
 def test_an_encoder_sees_both_ways(device: str) -> None:
     world = World("mha", 2, device)
     layer = make_layer(world, attn_type=AttentionType.ENCODER_ONLY)
-    step(world, layer, list(world.lengths), state={"causal": False})
+    step(world, layer, list(world.lengths), causal=False)
 
 
 @pytest.mark.parametrize("way", ["new tokens", "all tokens", "a chunk of the prefix"])
@@ -471,19 +484,22 @@ def test_prompts_of_mla_may_come_with_rows_of_each_head(device: str, way: str) -
     causal = not batch.attn_attend_prefix_cache
 
     def statement(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        parts = (x.split(n) for x, n in ((q, counts), (k, keys), (v, keys)))
-        both = [one_sequence(*three, 0.2, dtype, causal=causal) for three in zip(*parts, strict=True)]
+        parts = zip(q.split(counts), k.split(keys), v.split(keys), strict=True)
+        both = [one_sequence(*three, 0.2, dtype, causal=causal) for three in parts]
         return torch.cat([o for o, _ in both]), torch.cat([x for _, x in both])
 
     with never_waits(device):
         world.backend.init_forward_metadata(batch)
         result = world.backend.forward(q.flatten(1), k, v, layer, batch, False)
+    lse: Any = None
     if way == "all tokens":
-        result = result.unflatten(1, (HEADS, D)), None
-    assert_as_stated(statement, *result, torch.bfloat16)
+        out = result.unflatten(1, (HEADS, D))
+    else:
+        out, lse = result
+    assert_as_stated(statement, out, lse, torch.bfloat16)
     if way == "a chunk of the prefix":
-        assert result[1].is_contiguous()
-        assert (result[1][7] == float("-inf")).all()  # the one new token of the request without a key
+        assert lse.is_contiguous()
+        assert (lse[7] == float("-inf")).all()  # the one new token of the request without a key
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -637,18 +653,7 @@ def test_graphs_are_replayed_at_other_lengths_and_padded(
         assert [step_.lengths.data_ptr(), step_.table.data_ptr(), step_.starts.data_ptr()] == addresses
         out = replay()
         assert out[3].eq(0).all()  # the padding
-
-        def statement(dtype: torch.dtype, fresh_q: Tensor = fresh_q) -> tuple[Tensor, Tensor]:
-            both = [
-                one_sequence(
-                    fresh_q[b : b + 1], *world.rows[i][1], layer.scaling, dtype,
-                    causal=True, window_left=layer.sliding_window_size,
-                )
-                for b, i in enumerate(world.order)
-            ]  # fmt: skip
-            return torch.cat([o for o, _ in both]), torch.cat([x for _, x in both])
-
-        check(world, out[:3], statement)
+        check(world, out[:3], decoded(world, fresh_q, layer))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -728,7 +733,7 @@ def test_arguments_of_a_call_are_refused_by_name(name: str) -> None:
     world = World()
     batch = world.batch(list(world.lengths))
     world.backend.init_forward_metadata(batch)
-    run = functools.partial(world.run, make_layer(world), batch, list(world.lengths))
+    run: Any = functools.partial(world.run, make_layer(world), batch, list(world.lengths))
     with pytest.raises(UnsupportedError) as caught:
         run(**{name: 7})
     assert list(caught.value.refusals) == [name]
@@ -798,9 +803,67 @@ def test_the_plugin_makes_a_choice_of_itself() -> None:
             assert known.count("anystride") == 1
         make = ATTENTION_BACKENDS["anystride"]
         with published():
-            assert isinstance(make(World("mha").runner), ours.AnystrideBackend)
+            assert isinstance(make(World("mha").runner), backend.AnystrideBackend)
             assert "anystride" not in absorb
             for _ in range(2):
                 assert isinstance(make(World("mla").runner), ours.AnystrideBackend)
         assert absorb.count("anystride") == 1
         assert handler.AttentionBackendRegistry.get_handler("anystride") is handler.handle_attention_fa3
+
+
+def test_the_example_decodes_as_plain_pytorch_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).parents[1] / "examples" / "sglang_backend.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu", "--steps", "2"])
+    with sglang_stand_in.installed(), pytest.raises(SystemExit) as done:
+        runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert done.value.code == 0, printed
+    assert "a layer's keys: [144, 2, 64], strides (1024, 64, 1), pages of 16" in printed
+
+
+@pytest.mark.skipif(sglang_stand_in.IS_REAL, reason="SGLang is installed")
+def test_the_example_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).parents[1] / "examples" / "sglang_backend.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(script), run_name="__main__")
+    assert done.value.code == 2
+    assert "needs SGLang 0.5.23: No module named 'sglang'" in capsys.readouterr().err
+
+
+# ---- what needs SGLang itself
+
+needs_sglang = pytest.mark.skipif(not sglang_stand_in.IS_REAL, reason="needs SGLang: make test-sglang")
+
+
+@needs_sglang
+def test_a_radix_attention_of_sglang_finds_the_back_end_and_its_result() -> None:
+    from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+    world = World("mha", 4)
+    layer = make_layer(world)
+    step(world, layer, list(world.lengths))
+    batch = world.batch([0, 0, 0], ForwardMode.DECODE)
+    world.backend.init_forward_metadata(batch)
+    q = world.random(3, HEADS, D)
+    with forward_context(ForwardContext(attn_backend=world.backend)):
+        out = layer(q, None, None, batch)
+    check(world, out, decoded(world, q, layer))
+
+
+@needs_sglang
+def test_sglang_finds_the_plugin_by_its_entry_point() -> None:
+    from sglang.srt.plugins import GENERAL_PLUGINS_GROUP, load_plugins_by_group
+
+    assert load_plugins_by_group(GENERAL_PLUGINS_GROUP)["anystride"] == (plugin.register, "anystride")
+
+
+@needs_sglang
+def test_the_version_that_was_read_is_the_version_that_is_run() -> None:
+    from importlib.metadata import version
+
+    assert version("sglang") == plugin.READ_IN

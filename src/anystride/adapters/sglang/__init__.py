@@ -1,17 +1,17 @@
 """An attention back end of SGLang: ``--attention-backend anystride``.
 
 SGLang finds :func:`register` by the entry point group ``sglang.srt.plugins`` and calls it in each of its
-processes. The back end itself, and with it SGLang's modules, is imported when a model asks for it. Read in,
-and run with, SGLang 0.5.23.
+processes. The back end itself, and with it SGLang's modules, is imported when a model asks for it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["NAME", "make_backend", "register"]
+__all__ = ["NAME", "READ_IN", "make_backend", "register"]
 
 NAME = "anystride"
+READ_IN = "0.5.23"  # of SGLang: its interface is not promised to stay
 
 
 def register() -> None:

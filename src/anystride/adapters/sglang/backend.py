@@ -55,13 +55,15 @@ LAYER_REFUSED = {
     "logit_capping_method": Refusal("tanh", "is another softcap", _OTHER),
     "xai_temperature_len": Refusal(-1, "scales each query by its position", _OTHER),
 }
-_DRAFT = Refusal(
-    None, "is a forward of the draft model, which keeps lengths of its own",
-    "--speculative-draft-attention-backend triton",
-)  # fmt: skip
 STEP_REFUSED = {
-    "forward_mode": _DRAFT,
-    "spec_info": _DRAFT,
+    "forward_mode": Refusal(
+        None, "is no prompt, decode or verify step: a draft model's forward, or a diffusion model's",
+        "--speculative-draft-attention-backend triton, or another of SGLang's own",
+    ),
+    "spec_info": Refusal(
+        None, "makes the step one of the draft model, which keeps lengths of its own",
+        "--speculative-draft-attention-backend triton",
+    ),
     "encoder_lens": Refusal(None, "asks for cross attention, which reads another cache", _OTHER),
     "topk": Refusal(
         1, "asks to verify a tree of tokens, whose mask is not causal", "--speculative-eagle-topk 1"
@@ -69,7 +71,7 @@ STEP_REFUSED = {
     "ragged_verify_layout": Refusal(
         None, "asks to verify as many tokens of each request as it says", "a fixed number of draft tokens"
     ),
-}
+}  # fmt: skip
 GRAPH_REFUSED = {
     "forward_mode": Refusal(
         None, "is a prompt, whose shapes differ from step to step", "--cuda-graph-backend-prefill disabled"
@@ -246,7 +248,8 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
         slots, host = self.req_to_token.shape[1], forward_batch.seq_lens_cpu
         if host is not None and host.numel():
             slots = min(slots, int(host.max()) + more)
-        return -(-slots // self.page_size)
+        pages: int = -(-slots // self.page_size)
+        return pages
 
     def _fill_tables(self, step: Step, forward_batch: Any) -> None:
         batch, pages = step.table.shape
@@ -293,8 +296,8 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
         Args:
             q: ``[batch, num_q_heads * d_qk]`` or ``[batch, num_q_heads, d_qk]``, any strides between heads
                 and tokens; absorbed MLA with ``q_rope``: the latent part.
-            k, v: New rows, ``[batch, num_kv_heads, d]``; absorbed MLA with ``k_rope``: the latent part, twice.
-                None: an earlier layer stored them.
+            k, v: New rows, ``[batch, num_kv_heads, d]``; absorbed MLA with ``k_rope``: the latent part,
+                twice. None: an earlier layer stored them.
             layer: SGLang's ``RadixAttention``.
             forward_batch: SGLang's ``ForwardBatch``.
             save_kv_cache: False: they are stored already.
@@ -498,7 +501,8 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
         out: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Over ``k`` and ``v``, a row of each head for each token, one request after the other."""
-        assert k is not None and v is not None  # SGLang's MHA path of MLA always passes them
+        assert k is not None  # SGLang's MHA path of MLA always passes both
+        assert v is not None
         causal, starts, longest = True, step.starts, step.longest_query
         if forward_batch.attn_attend_prefix_cache:
             chunk = forward_batch.prefix_chunk_idx
@@ -548,7 +552,9 @@ def _heads(rows: Tensor, heads: int) -> Tensor:
 
 def _token_major(lse: Tensor) -> Tensor:
     """``[heads, n]`` as ``[n, heads]`` in memory, too: SGLang's merge counts its addresses from the shape."""
-    return lse.new_empty(lse.shape[::-1]).copy_(lse.t())
+    rows: Tensor = lse.new_empty(lse.shape[::-1])
+    rows.copy_(lse.t())
+    return rows
 
 
 def _factor(scale: Tensor | None, on_host: float | None) -> Tensor | float | None:
