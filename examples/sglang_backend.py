@@ -2,9 +2,9 @@
 
     python examples/sglang_backend.py
 
-A server takes ``--attention-backend anystride`` and no code; this shows what then happens in one of its layers.
-The pool is SGLang's, its slots strided as in a pool that keeps all layers of a token side by side, in pages of
-16 tokens. The result is held to plain PyTorch, and the script fails if they differ by more than one step of
+A server takes ``--attention-backend anystride`` and no code; this shows what then happens in its layers. The
+pool is SGLang's, its slots strided as in a pool that keeps all layers of a token side by side, in pages of 16
+tokens. The result is held to plain PyTorch, and the script fails if they differ by more than one step of
 bfloat16. It needs SGLang's Python package (0.5.23), and no GPU.
 """
 
@@ -107,9 +107,7 @@ def main() -> int:
             worst = max(worst, float((out.double() - right).abs().max() / right.abs().max()))
         held += new
     step = torch.finfo(torch.bfloat16).eps
-    print(
-        f"a prompt of {PROMPT} and {a.steps} tokens, {LAYERS} layers: off by {worst:.1e} of the largest or less"
-    )
+    print(f"a prompt of {PROMPT} and {a.steps} tokens, {LAYERS} layers: off by {worst:.1e} of the largest")
     print(f"allowed: {step:.1e}, one step of bfloat16")
     return 0 if worst <= step else 1
 

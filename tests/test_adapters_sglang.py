@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ with sglang_stand_in.installed():
 
 ours: Any = backend  # tests look behind what it exports
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "sglang_backend.py"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYERS = 3
 GARBAGE = 2**30  # behind a request's tokens: the number of no slot
@@ -814,25 +816,20 @@ def test_the_plugin_makes_a_choice_of_itself() -> None:
 def test_the_example_decodes_as_plain_pytorch_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = Path(__file__).parents[1] / "examples" / "sglang_backend.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu", "--steps", "2"])
-    with sglang_stand_in.installed(), pytest.raises(SystemExit) as done:
-        runpy.run_path(str(script), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--device", "cpu", "--steps", "2"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
     printed = capsys.readouterr().out
     assert done.value.code == 0, printed
     assert "a layer's keys: [144, 2, 64], strides (1024, 64, 1), pages of 16" in printed
 
 
 @pytest.mark.skipif(sglang_stand_in.IS_REAL, reason="SGLang is installed")
-def test_the_example_says_what_it_needs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = Path(__file__).parents[1] / "examples" / "sglang_backend.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu"])
-    with pytest.raises(SystemExit) as done:
-        runpy.run_path(str(script), run_name="__main__")
-    assert done.value.code == 2
-    assert "needs SGLang 0.5.23: No module named 'sglang'" in capsys.readouterr().err
+def test_the_example_says_what_it_needs() -> None:
+    command = [sys.executable, str(EXAMPLE), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "needs SGLang 0.5.23: No module named 'sglang'" in done.stderr
 
 
 # ---- what needs SGLang itself

@@ -538,7 +538,8 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
         if buffer.dim() == 4:  # SGLang's hnd: [num_pages, num_kv_heads, page_size, d]
             return buffer.transpose(1, 2)
         pages = buffer.shape[0] // self.page_size
-        return buffer[: pages * self.page_size].unflatten(0, (pages, self.page_size))
+        whole: Tensor = buffer[: pages * self.page_size].unflatten(0, (pages, self.page_size))
+        return whole
 
 
 def _even_starts(batch: int, query_len: int, device: torch.device) -> Tensor:
