@@ -14,7 +14,7 @@ VLLM_BIN := .venv-vllm/$(VLLM)/bin
 VLLM_ALSO_0.25.0 := openai-harmony==0.0.8
 VLLM_ALSO_0.32.0 := oss-harmony==0.0.11
 
-.PHONY: test lint demo long bench-cpu compile-matrix test-vllm clean
+.PHONY: test test-vllm test-sglang lint demo long bench-cpu compile-matrix clean
 .DELETE_ON_ERROR:
 
 test: lint
@@ -58,6 +58,11 @@ test-vllm: .venv-vllm/$(VLLM)/.ready
 	.venv-vllm/$*/bin/python -m pip install --no-deps vllm==$* --editable .
 	touch $@
 
+# The back end of SGLang against SGLang's own classes, on a CPU. SGLang pins PyTorch for CUDA and much that only
+# a server needs, so it and torchvision come without what they depend on.
+test-sglang: .sglang/.ready
+	.sglang/bin/python -m pytest -W ignore tests/test_adapters_sglang.py
+
 # Some Linux distributions take ensurepip out of venv: then pip comes from outside.
 $(BIN)/python:
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
@@ -67,11 +72,17 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+.sglang/.ready: pyproject.toml constraints.txt tests/sglang_requirements.txt
+	$(PYTHON) -m venv .sglang
+	.sglang/bin/python -m pip install -r tests/sglang_requirements.txt
+	.sglang/bin/python -m pip install --no-deps sglang==0.5.23 torchvision==0.15.2 --editable .
+	touch $@
+
 .triton/%/.ready: | $(BIN)/python
 	rm -rf .triton/$*
 	$(BIN)/python -m pip install --no-deps --target .triton/$* triton==$*
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm .triton build dist src/*.egg-info anystride-demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .sglang .triton build dist src/*.egg-info anystride-demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -prune -exec rm -rf {} +

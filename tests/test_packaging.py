@@ -18,6 +18,7 @@ import anystride.adapters.cutlass_mla
 import anystride.adapters.flash_attn
 import anystride.adapters.flash_mla
 import anystride.adapters.flashinfer
+import anystride.adapters.sglang
 import anystride.adapters.transformers
 import anystride.adapters.vllm_triton
 import anystride.cache
@@ -58,6 +59,7 @@ OTHERS = {
     ),
     "pytest": ("anystride.testing.pytest_items",),
     "vllm": ("anystride.adapters.vllm.",),
+    "sglang": ("anystride.adapters.sglang",),
     "rich": ("anystride.cli",),
     "typer": ("anystride.cli",),
     "matplotlib": ("anystride.cli",),
@@ -162,7 +164,7 @@ import torch
 import anystride
 import anystride.backends.cpu
 import anystride.testing
-from anystride.adapters import cutlass_mla, flash_attn, flash_mla, flashinfer, vllm_triton
+from anystride.adapters import cutlass_mla, flash_attn, flash_mla, flashinfer, sglang, vllm_triton
 
 q, k = torch.randn(1, 4, 16), torch.randn(3, 2, 2, 16)
 cu_seqlens_q = torch.tensor([0, 1], dtype=torch.int32)
@@ -242,6 +244,7 @@ PUBLIC += [
     for original in ("cutlass_mla", "flash_attn", "flash_mla", "flashinfer", "transformers", "vllm_triton")
     for name in attrgetter(f"adapters.{original}.__all__")(anystride)
 ]
+PUBLIC += ["adapters.sglang.make_backend"]
 PUBLIC += [
     f"adapters.flashinfer.{wrapper}.{method}"
     for wrapper in anystride.adapters.flashinfer.__all__
