@@ -149,8 +149,11 @@ def _unified(kwargs: dict[str, Any]) -> Call:
     q, k, v = kwargs["q"], four_dims(kwargs["k"], "k"), four_dims(kwargs["v"], "v")
     left, right = kwargs.get("window_size") or (-1, -1)
     causal = bool(kwargs.get("causal", False))
+    given = {name: kwargs.get(f"{name}_descale") for name in "qkv"}
+    factors = {n: torch.as_tensor(x, dtype=torch.float32) for n, x in given.items() if x is not None}
     demand(
         {
+            "one scale for a whole cache": all(factor.numel() == 1 for factor in factors.values()),
             "K and V of one head dimension": k.shape[3] == v.shape[3],
             "no keys after the query's own": right in (-1, 0) or causal,
             "alibi slopes of heads": kwargs.get("alibi_slopes") is None or kwargs["alibi_slopes"].dim() == 1,
@@ -160,9 +163,6 @@ def _unified(kwargs: dict[str, Any]) -> Call:
     by_rows = kwargs.get("k_scale_cache") is not None
     mode = KVQuantMode.FP8_PER_TOKEN_HEAD if by_rows else KVQuantMode.NONE
     batch, heads, kv_heads = kwargs["cu_seqlens_q"].shape[0] - 1, q.shape[1], k.shape[2]
-    given = {name: kwargs.get(f"{name}_descale") for name in "qkv"}
-    factors = {n: torch.as_tensor(x, dtype=torch.float32) for n, x in given.items() if x is not None}
-    demand({"one scale for a whole cache": all(factor.numel() == 1 for factor in factors.values())})
     # The scale of queries that are not fp8 is not looked at there: it goes into the softmax's.
     scale = kwargs["softmax_scale"] * float(factors.pop("q", 1.0))
     descales = [
