@@ -54,7 +54,7 @@ TAKEN = {
     "flashinfer-fa2": SCALES | {"window_size", "softcap", "s_aux"},
     "flashinfer-fa3": SCALES | {"window_size", "softcap", "s_aux"},
     "flashinfer-decode": SCALES | {"window_size", "softcap", "s_aux"},
-    "vllm-triton-decode": {"softcap", "k_descale", "v_descale"},
+    "vllm-triton-decode": SCALES | {"softcap"},
     "vllm-triton-unified": SCALES | {
         "window_size", "softcap", "alibi_slopes", "s_aux", "k_scale_cache", "v_scale_cache"
     },

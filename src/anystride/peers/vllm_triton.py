@@ -113,12 +113,13 @@ def _processors(device: torch.device) -> int:
 
 
 def _decode(kwargs: dict[str, Any]) -> Call:
-    refuse_but(kwargs, "softcap", "k_descale", "v_descale")
+    refuse_but(kwargs, "softcap", "q_descale", "k_descale", "v_descale")
     q, k, v = kwargs["q"], four_dims(kwargs["k"], "k"), four_dims(kwargs["v"], "v")
     is_mla = k.shape[2] == 1 and k.data_ptr() == v.data_ptr() and k.shape[3] > v.shape[3]
     demand({"one query token of each sequence": set(query_counts(kwargs)) == {1}})
-    factors = [torch.as_tensor(kwargs.get(f"{name}_descale", 1.0), device=q.device) for name in "kv"]
+    factors = [torch.as_tensor(kwargs.get(f"{name}_descale", 1.0), device=q.device) for name in "kvq"]
     demand({"one scale for a whole cache": all(factor.numel() == 1 for factor in factors)})
+    scale = kwargs["softmax_scale"] * float(factors.pop())  # it has no argument for that of the queries
     module = sys.modules[f"{OPS.replace('/', '.')}.triton_decode_attention"]
     rows, total = int(kwargs["cu_seqlens_q"][-1]), q.shape[0]
     q = q[:rows]
@@ -133,7 +134,7 @@ def _decode(kwargs: dict[str, Any]) -> Call:
     def run() -> tuple[Tensor, Tensor | None]:
         module.decode_attention_fwd(
             q, k, v, out, lse, kwargs["block_table"], kwargs["seqused_k"], logits, splits,
-            kwargs["softmax_scale"], k.shape[1], logit_cap=kwargs.get("softcap", 0.0), k_scale=scales[0],
+            scale, k.shape[1], logit_cap=kwargs.get("softcap", 0.0), k_scale=scales[0],
             v_scale=scales[1], is_mla=is_mla,
         )  # fmt: skip
         return out, lse.t() if kwargs.get("return_softmax_lse") else None
