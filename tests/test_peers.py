@@ -268,9 +268,10 @@ def test_vllm_decode_is_given_splits_scales_and_strides(
 
 def test_vllm_decode_is_given_scales_without_a_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_for_vllm(monkeypatch, "triton_decode_attention", stand_in := VllmDecode())
-    more = {"k_descale": torch.tensor([0.5]), "v_descale": 2, "softcap": 30.0}
-    find_peer("vllm-triton-decode").kernel(**call_of().kwargs | more)
-    named = stand_in.calls[0][1]
+    more = {"k_descale": torch.tensor([0.5]), "v_descale": 2, "q_descale": 0.75, "softcap": 30.0}
+    find_peer("vllm-triton-decode").kernel(**(given := call_of().kwargs) | more)
+    args, named = stand_in.calls[0]
+    assert args[-2] == 0.75 * given["softmax_scale"]
     assert named["logit_cap"] == 30.0
     for name, value in (("k_scale", 0.5), ("v_scale", 2.0)):
         assert (named[name].shape, named[name].dtype, named[name].item()) == ((), torch.float32, value)
