@@ -195,6 +195,42 @@ def test_what_cannot_be_passed_on_is_refused_by_name() -> None:
         assert found.startswith(reason)
 
 
+def test_a_chunk_of_context_is_passed_as_this_vllm_passes_it() -> None:
+    import inspect
+    from types import SimpleNamespace
+
+    from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
+
+    from anystride.adapters.vllm.prefill import Prefill
+
+    torch.manual_seed(0)
+    queries, keys = [3, 2], [7, 0]  # the second request has nothing in this chunk
+    starts, ends = (torch.tensor([0, *torch.tensor(n).cumsum(0)], dtype=torch.int32) for n in (queries, keys))
+    q, k, v = torch.randn(5, HEADS, 24), torch.randn(7, HEADS, 24), torch.randn(7, HEADS, 16)
+    backend = Prefill.__new__(Prefill)
+    backend.scale, backend.told_context = 0.3, set()
+    chunks = {
+        "chunk_idx": 1,
+        "chunk": SimpleNamespace(
+            cu_seq_lens=ends, max_seq_len=7, query_start_loc=starts, max_query_len=3
+        ),
+    }  # fmt: skip
+    context = SimpleNamespace(cu_seq_lens=[None, ends], max_seq_lens=[None, 7])
+    backend._prefill_metadata = SimpleNamespace(
+        chunked_context=context, query_start_loc=starts, max_query_len=3
+    )
+    names = inspect.signature(MLAPrefillBackend.run_prefill_context_chunk).parameters
+    given = {"q": q, "k": k, "v": v} | {name: chunks[name] for name in names if name in chunks}
+    assert len(given) == 4
+    out, lse = backend.run_prefill_context_chunk(**given)
+    scores = torch.einsum("nhd,lhd->hnl", q[:3].double(), k.double()) * 0.3
+    expected = torch.einsum("hnl,lhd->nhd", scores.softmax(-1), v.double())
+    torch.testing.assert_close(out[:3].double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse[:, :3].double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
+    assert out[3:].eq(0).all()
+    assert lse[:, 3:].isneginf().all()
+
+
 def test_a_schedule_stays_where_a_graph_has_seen_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 

@@ -84,29 +84,30 @@ class Prefill(MLAPrefillBackend):  # type: ignore[misc]
 
     def run_prefill_context_chunk(
         self,
-        chunk_idx: Any = None,
-        q: Any = None,
-        k: Any = None,
-        v: Any = None,
+        *,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         out: Tensor | None = None,
+        chunk_idx: int | None = None,
         chunk: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """Each new token sees all of the chunk.
+        """Each new token sees all of the chunk. vLLM passes everything by name.
 
         Args:
-            chunk: Its number, or, in later versions of vLLM, what is in it.
             q: ``[num_tokens, num_heads, qk_head_dim]``, any strides.
             k, v: ``[chunk_tokens, num_heads, qk_head_dim]`` and ``v_head_dim``, any strides.
             out: ``[num_tokens, num_heads, v_head_dim]``: written, or None.
+            chunk_idx: The chunk's number; of vLLM 0.25.
+            chunk: What is in it; of vLLM 0.32.
 
         Returns:
             The output, and the lse ``[num_heads, num_tokens]``, -inf for a request without a key in it.
         """
-        m = self._prefill_metadata
-        chunk = chunk_idx if chunk is None else chunk
-        if isinstance(chunk, int):
+        if chunk_idx is not None:
+            m = self._prefill_metadata
             context = m.chunked_context
-            starts, longest = context.cu_seq_lens[chunk], context.max_seq_lens[chunk]
+            starts, longest = context.cu_seq_lens[chunk_idx], context.max_seq_lens[chunk_idx]
             rows, max_query_len = m.query_start_loc, m.max_query_len
         else:
             starts, longest = chunk.cu_seq_lens, chunk.max_seq_len
