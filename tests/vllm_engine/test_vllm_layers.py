@@ -209,7 +209,7 @@ def test_a_chunk_of_context_is_passed_as_this_vllm_passes_it() -> None:
     q, k, v = torch.randn(5, HEADS, 24), torch.randn(7, HEADS, 24), torch.randn(7, HEADS, 16)
     backend = Prefill.__new__(Prefill)
     backend.scale, backend.told_context = 0.3, set()
-    chunks = {
+    chunks: dict[str, Any] = {
         "chunk_idx": 1,
         "chunk": SimpleNamespace(
             cu_seq_lens=ends, max_seq_len=7, query_start_loc=starts, max_query_len=3
@@ -220,7 +220,9 @@ def test_a_chunk_of_context_is_passed_as_this_vllm_passes_it() -> None:
         chunked_context=context, query_start_loc=starts, max_query_len=3
     )
     names = inspect.signature(MLAPrefillBackend.run_prefill_context_chunk).parameters
-    given = {"q": q, "k": k, "v": v} | {name: chunks[name] for name in names if name in chunks}
+    given: dict[str, Any] = {"q": q, "k": k, "v": v} | {
+        name: chunks[name] for name in names if name in chunks
+    }
     assert len(given) == 4
     out, lse = backend.run_prefill_context_chunk(**given)
     scores = torch.einsum("nhd,lhd->hnl", q[:3].double(), k.double()) * 0.3
