@@ -348,7 +348,9 @@ class Context:  # runtime_context.py
         yield
 
 
-PARALLEL = Settings(tp_size=1, attn_tp_size=1, attn_dcp_rank=0, attn_dcp_size=1, attn_cp_size=1)
+PARALLEL = Settings(
+    tp_size=1, moe_tp_size=1, attn_tp_size=1, attn_dcp_rank=0, attn_dcp_size=1, attn_cp_size=1
+)
 SPEC = SimpleNamespace(speculative_eagle_topk=None)
 EXEC = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=False))
 
@@ -459,6 +461,7 @@ def published(
             "attn_dcp_size": dcp,
             "attn_cp_size": cp,
             "tp_size": cp,
+            "moe_tp_size": cp,
         }
         said = {"speculative_eagle_topk": topk, "enable_deterministic_inference": deterministic}
         with get_context().override_server_args(**said), get_parallel().override(**ranks):
