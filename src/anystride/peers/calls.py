@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anystride.peers.peer import Refused
+from anystride.problem import alignment, used_strides
 
 __all__ = [
     "blocks_in_use", "demand", "four_dims", "query_counts", "refuse_but", "rows_off_16_bytes", "whole",
@@ -70,8 +71,7 @@ def refuse_but(kwargs: dict[str, Any], *takes: str) -> None:
 
 def rows_off_16_bytes(cache: Tensor) -> bool:
     """Whether some row of ``[..., d]`` begins at no multiple of 16 bytes."""
-    steps = [stride for size, stride in zip(cache.shape[:-1], cache.stride(), strict=False) if size > 1]
-    return cache.data_ptr() % 16 != 0 or any(step * cache.itemsize % 16 for step in steps)
+    return alignment(cache) < 16 or any(step * cache.itemsize % 16 for step in used_strides(cache)[:-1])
 
 
 def query_counts(kwargs: dict[str, Any]) -> list[int]:

@@ -21,7 +21,7 @@ from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 from torch import Tensor
 
 from anystride import flash_attn_varlen_func, get_scheduler_metadata
-from anystride.adapters.translation import Refusal, refuse
+from anystride.adapters.translation import Refusal, query_starts, refuse
 
 __all__ = ["AnystrideBackend", "Step"]
 
@@ -176,7 +176,7 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
             longest_query = forward_batch.positions.shape[0] if host is None else max(host)
         else:
             longest_query = more or 1
-            starts = _even_starts(batch, longest_query, lengths.device)
+            starts = query_starts(batch, longest_query, lengths.device)
         step = Step(
             lengths, starts, longest_query, lengths.new_empty((batch, self._width(forward_batch, more)))
         )
@@ -223,7 +223,7 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
         if step is None or in_capture:
             step = self._graph_steps[mode, batch] = Step(
                 self._lengths[:batch],
-                _even_starts(batch, more or 1, self._lengths.device),
+                query_starts(batch, more or 1, self._lengths.device),
                 more or 1,
                 self._tables[0, :batch],
                 self._tables[1, :batch] if self.is_hybrid else None,
@@ -542,10 +542,6 @@ class AnystrideBackend(AttentionBackend):  # type: ignore[misc]  # SGLang is not
         return whole
 
 
-def _even_starts(batch: int, query_len: int, device: torch.device) -> Tensor:
-    return torch.arange(0, batch * query_len + 1, query_len, dtype=torch.int32, device=device)
-
-
 def _heads(rows: Tensor, heads: int) -> Tensor:
     """``[n, heads * d]`` as ``[n, heads, d]``; what has three axes stays as it is."""
     return rows if rows.dim() == 3 else rows.unflatten(-1, (heads, -1))
@@ -574,7 +570,6 @@ def _check_model(runner: Any) -> None:
     named = getattr(runner, "kv_cache_dtype_str", "auto")
     own_scales = getattr(pool, "is_quantized_kv_cache", False) or named == "mxfp8"
     plain = dtype in (torch.float16, torch.bfloat16, torch.float32, *FP8) and not own_scales
-    neutral = MODEL_REFUSED
     refuse(
         OPERATION,
         MODEL_REFUSED,
@@ -582,8 +577,8 @@ def _check_model(runner: Any) -> None:
         attn_cp_size=parallel.attn_cp_size,
         is_encoder_decoder=bool(runner.model_config.is_encoder_decoder),
         attention_chunk_size=runner.attention_chunk_size,
-        kv_cache_dtype=neutral["kv_cache_dtype"].neutral if plain else f"{named} ({dtype})",
-        kv_cache_layout=layout if layout == "vectorized_5d" else neutral["kv_cache_layout"].neutral,
+        kv_cache_dtype=MODEL_REFUSED["kv_cache_dtype"].neutral if plain else f"{named} ({dtype})",
+        kv_cache_layout=layout if layout == "vectorized_5d" else MODEL_REFUSED["kv_cache_layout"].neutral,
         speculative_eagle_topk=get_spec().speculative_eagle_topk or 1,
     )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
+from vllm.v1.attention.backend import MultipleOf
 
 import anystride
 from anystride.errors import UnsupportedError
@@ -24,17 +25,40 @@ _SIGNATURE = inspect.signature(anystride.flash_attn_varlen_func)
 _TOLD: set[tuple[Any, ...]] = set()
 
 
-def combination_reason(dtype: torch.dtype, kv_cache_dtype: str | None) -> str | None:
-    """Why a model's dtype and its cache's do not go together; None if they do."""
-    stored = PLAIN.get(kv_cache_dtype or "auto", dtype)
-    if stored == dtype:
-        return None
-    return f"a cache of {stored} under queries of {dtype}: needs the same dtype, or fp8"
-
-
 def runs_on(capability: Any) -> bool:
     """Whether a device's compute capability will do; None, as on a CPU, does."""
     return capability is None or capability >= (8, 0)
+
+
+class Declared:
+    """What the back ends of both families tell vLLM alike; comes before vLLM's own class among the bases."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = DTYPES
+
+    @staticmethod
+    def get_name() -> str:
+        """The registry's member: vLLM looks the name up."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """Any: a block need not be split for the kernels."""
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        """From sm_80 on."""
+        return runs_on(capability)
+
+    @classmethod
+    def supports_combination(
+        cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *_: Any, **__: Any
+    ) -> str | None:
+        """A 16-bit cache has the dtype of the model."""
+        stored = PLAIN.get(kv_cache_dtype or "auto", dtype)
+        if stored == dtype:
+            return None
+        return f"a cache of {stored} under queries of {dtype}: needs the same dtype, or fp8"
 
 
 def as_stored(cache: Tensor, kv_cache_dtype: str) -> Tensor:
@@ -43,9 +67,25 @@ def as_stored(cache: Tensor, kv_cache_dtype: str) -> Tensor:
     return cache if dtype is None or cache.dtype == dtype else cache.view(dtype)
 
 
-def refuse(what: str, got: str, why: str, do: str) -> UnsupportedError:
+def unsupported(what: str, got: str, why: str, do: str) -> UnsupportedError:
     """The error for what vLLM asks and this back end does not do, to be raised."""
     return UnsupportedError(f"vLLM's attention on anystride: {what}", got, {"needs": [why]}, do)
+
+
+def refuse_quantised_output(**scales: Tensor | None) -> None:
+    """Raise if one of these arguments is given.
+
+    Raises:
+        UnsupportedError: Names it.
+    """
+    given = [name for name, scale in scales.items() if scale is not None]
+    if given:
+        raise unsupported(
+            "a quantised output cannot be written.",
+            f"{' and '.join(given)} given",
+            "an output of the query's dtype",
+            "the pass fuse_attn_quant off",
+        )
 
 
 def window_of(window: tuple[int, int], causal: bool) -> tuple[int, int]:

@@ -13,20 +13,18 @@ from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
-    MultipleOf,
 )
 
 from anystride.adapters.vllm.common import (
-    DTYPES,
     FP8,
     MOST_DIMENSIONS,
     PLAIN,
+    Declared,
     Schedule,
     as_stored,
     attend,
-    combination_reason,
-    refuse,
-    runs_on,
+    refuse_quantised_output,
+    unsupported,
     window_of,
 )
 from anystride.cache import store_kv
@@ -34,21 +32,15 @@ from anystride.cache import store_kv
 KIND = "attention"
 
 
-class Backend(AttentionBackend):  # type: ignore[misc]
+class Backend(Declared, AttentionBackend):  # type: ignore[misc]
     """What this back end can do, as vLLM asks for it.
 
     The cache is a view of any strides: layers side by side in one block, padded pages, and since vLLM 0.29
     each of its six orders.
     """
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = DTYPES
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *PLAIN, *FP8]
     forward_includes_kv_cache_update = False
-
-    @staticmethod
-    def get_name() -> str:
-        """The registry's member: vLLM looks the name up."""
-        return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[Impl]:
@@ -59,11 +51,6 @@ class Backend(AttentionBackend):  # type: ignore[misc]
     def get_builder_cls() -> type[Builder]:
         """The step's part."""
         return Builder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        """Any: a block need not be split for the kernels."""
-        return [MultipleOf(1)]
 
     @staticmethod
     def get_kv_cache_shape(
@@ -108,18 +95,6 @@ class Backend(AttentionBackend):  # type: ignore[misc]
     def supports_non_causal(cls) -> bool:
         """For the whole batch; not sequence by sequence."""
         return True
-
-    @classmethod
-    def supports_compute_capability(cls, capability: Any) -> bool:
-        """From sm_80 on."""
-        return runs_on(capability)
-
-    @classmethod
-    def supports_combination(
-        cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *_: Any, **__: Any
-    ) -> str | None:
-        """A 16-bit cache has the dtype of the model."""
-        return combination_reason(dtype, kv_cache_dtype)
 
 
 @dataclass
@@ -171,7 +146,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):  # type: ignore[misc]
         """Take from vLLM's metadata what attention needs. Nothing is read back from the device."""
         m = common_attn_metadata
         if not isinstance(m.causal, bool):
-            raise refuse(
+            raise unsupported(
                 "causality of each sequence by a tensor cannot be passed on.",
                 "causal is a tensor",
                 "one causality for the batch",
@@ -228,7 +203,7 @@ class Impl(AttentionImpl[Metadata]):  # type: ignore[misc]
         self.interleave = parallel.cp_kv_cache_interleave_size
         self.shape = (num_heads, self.num_kv_heads, head_size, head_size), self.window
         if self.dcp_world_size > 1 and (sinks is not None or self.slopes is not None):
-            raise refuse(
+            raise unsupported(
                 "sinks and alibi slopes are not gathered over ranks.",
                 f"decode_context_parallel_size = {self.dcp_world_size}, "
                 f"{'sinks' if self.slopes is None else 'alibi slopes'}",
@@ -270,13 +245,7 @@ class Impl(AttentionImpl[Metadata]):  # type: ignore[misc]
         Returns:
             ``output``.
         """
-        if output_scale is not None or output_block_scale is not None:
-            raise refuse(
-                "a quantised output cannot be written.",
-                "output_scale or output_block_scale is given",
-                "an output of the query's dtype",
-                "the pass fuse_attn_quant off",
-            )
+        refuse_quantised_output(output_scale=output_scale, output_block_scale=output_block_scale)
         if attn_metadata is None:
             return output.fill_(0)
         m, n = attn_metadata, attn_metadata.num_actual_tokens

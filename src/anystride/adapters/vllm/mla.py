@@ -19,18 +19,16 @@ from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadataBuilder,
     QueryLenSupport,
 )
-from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from anystride.adapters.vllm.common import (
-    DTYPES,
     MOST_DIMENSIONS,
     PLAIN,
+    Declared,
     Schedule,
     as_stored,
     attend,
-    combination_reason,
-    refuse,
-    runs_on,
+    unsupported,
 )
 from anystride.adapters.vllm.prefill import take_over
 from anystride.cache import store_mla
@@ -39,16 +37,10 @@ KIND = "MLA"
 FP8 = ("fp8", "fp8_e4m3")  # vLLM gathers the context of long prefills, and knows no e5m2 there
 
 
-class Backend(MLACommonBackend):  # type: ignore[misc]
+class Backend(Declared, MLACommonBackend):  # type: ignore[misc]
     """What this back end can do, as vLLM asks for it; the cache is a view of any strides."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = DTYPES
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *PLAIN, *FP8]
-
-    @staticmethod
-    def get_name() -> str:
-        """The registry's member."""
-        return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[Impl]:
@@ -59,11 +51,6 @@ class Backend(MLACommonBackend):  # type: ignore[misc]
     def get_builder_cls() -> type[Builder]:
         """The step's part."""
         return Builder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        """Any: a block need not be split for the kernels."""
-        return [MultipleOf(1)]
 
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
@@ -79,18 +66,6 @@ class Backend(MLACommonBackend):  # type: ignore[misc]
     def supports_head_size(cls, head_size: int) -> bool:
         """Latent and rope part together."""
         return 2 <= head_size <= MOST_DIMENSIONS
-
-    @classmethod
-    def supports_compute_capability(cls, capability: Any) -> bool:
-        """From sm_80 on."""
-        return runs_on(capability)
-
-    @classmethod
-    def supports_combination(
-        cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *_: Any, **__: Any
-    ) -> str | None:
-        """A 16-bit cache has the dtype of the model."""
-        return combination_reason(dtype, kv_cache_dtype)
 
 
 @dataclass
@@ -178,7 +153,7 @@ class Impl(MLACommonImpl[Metadata]):  # type: ignore[misc]
         given = dict(zip(names, args, strict=False)) | options
         wanted = {n: given[n] for n in ("alibi_slopes", "sliding_window", "logits_soft_cap") if given.get(n)}
         if wanted or given.get("attn_type", "decoder") != "decoder":
-            raise refuse(
+            raise unsupported(
                 "an MLA layer with more than a causal mask cannot be passed on.",
                 f"{wanted}, attn_type = {given.get('attn_type')}",
                 "no alibi, no window, no softcap, a decoder",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
-from anystride.adapters.vllm.common import DTYPES, attend, refuse, runs_on
+from anystride.adapters.vllm.common import DTYPES, attend, refuse_quantised_output, runs_on
 
 KIND = "prefill of MLA"
 
@@ -56,13 +56,7 @@ class Prefill(MLAPrefillBackend):  # type: ignore[misc]
             out: ``[num_tokens, num_heads, v_head_dim]``: written, or None.
             output_scale: Refused unless None.
         """
-        if output_scale is not None:
-            raise refuse(
-                "a quantised output cannot be written.",
-                "output_scale is given",
-                "an output of the query's dtype",
-                "the pass fuse_attn_quant off",
-            )
+        refuse_quantised_output(output_scale=output_scale)
         m = self._prefill_metadata
         result: Tensor | tuple[Tensor, Tensor] = attend(
             KIND,
