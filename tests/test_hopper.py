@@ -447,12 +447,14 @@ CLEAN = (
 TRITON = int(triton.__version__.split(".")[1])
 ALLOWED = {
     "h16-fp8": 4, "h16-fp8-alone": 4, "q_v-fp8": 4, "q_v-fp8-mixed": 6, "q_v-fp8-mixed-rows": 4,
-    "h20-fp8": 12, "gqa-fp8-d256-64-rows": 64,
+    "h20-fp8": 28, "gqa-fp8-d256-64-rows": 64,
 } | {
     6: {"gqa-alone": 2, "h16-fp8": 6, "q_v-fp8": 6},
+    8: {"h8-fp8": 2, "h128-fp8": 4, "h64-fp8": 4, "h128-fp8-mixed": 2, "h128-q_v-fp8": 4},
     9: {
         "speculative": 4, "h20-alone": 4, "h128-features": 6, "gqa-d256-64-rows": 20,
-        "h20-fp8": 21, "q_v-fp8-mixed": 8, "q_v-fp8-mixed-rows": 6, "gqa-fp8-d256-64-rows": 89,
+        "h20-fp8": 22, "q_v-fp8-mixed": 17, "q_v-fp8-mixed-rows": 13, "gqa-fp8-16-rows": 2,
+        "gqa-fp8-d256-64-rows": 96,
         "h128-fp8": 13, "h64-fp8": 13, "h128-fp8-mixed": 21, "h128-q_v-fp8": 15,
     },
 }.get(TRITON, {})  # fmt: skip

@@ -126,13 +126,20 @@ def scale_groups(problem: Problem) -> tuple[int, ...]:
 
 
 def ring_slots(problem: Problem, m: int, shared_bytes: int) -> int:
-    """Pieces of fp8 tiles on their way to the narrow kernel: what room its 16-bit tiles and queries leave."""
+    """Pieces of fp8 tiles on their way to the narrow kernel: what room its 16-bit tiles and queries leave.
+
+    A rope piece comes with every tile that has begun.
+    """
     p, itemsize = problem, problem.dtype.itemsize
-    rope = rope_dims(p) if p.k_dtype == p.dtype else 0
-    taken = 2 * STEP * (p.d_v + rope + m) * itemsize  # tiles, weights
+    taken = 2 * STEP * (p.d_v + m) * itemsize  # tiles, weights
     taken += m * (p.d_v + rope_dims(p)) * itemsize  # queries
     taken += 16 * p.v_scale_groups * STEP + 5 * 1024  # scales; barriers, what layouts are converted through
-    return int(min(2 * (p.d_v // PIECE_COLUMNS + 2), (shared_bytes - taken) // (STEP * PIECE_COLUMNS)))
+    pieces = max(1, p.d_v // PIECE_COLUMNS)
+    most = 3 * pieces
+    rope = STEP * rope_dims(p) * p.k_dtype.itemsize
+    while most * STEP * min(p.d_v, PIECE_COLUMNS) + -(-most // pieces) * rope > shared_bytes - taken:
+        most -= 1
+    return int(most)
 
 
 def rope_dims(problem: Problem) -> int:

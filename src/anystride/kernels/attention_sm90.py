@@ -47,9 +47,13 @@ def load_queries(
     ptr, strides, q_start, first_row, num_rows, kv_head, GROUP_SIZE: gl.constexpr, ROWS: gl.constexpr,
     WIDTH: gl.constexpr, VECTOR: gl.constexpr,
 ):  # fmt: skip
-    """WIDTH dimensions of the queries of ROWS rows; rows that are none are zeros."""
-    LANES: gl.constexpr = min(WIDTH // VECTOR, 32)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [4, 1], [1, 0])
+    """WIDTH dimensions of the queries of ROWS rows; rows that are none are zeros.
+
+    A row lies in eight threads, the same for all widths: fewer threads would not ask for whole lines of
+    memory, more of them have more rows each, whose addresses are code that is fetched for one use.
+    """
+    MOST: gl.constexpr = min(VECTOR, WIDTH // 8)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, MOST], [4, 8], [4, 1], [1, 0])
     rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     token = (q_start + rows // GROUP_SIZE).to(gl.int64)
     head = (kv_head * GROUP_SIZE + rows % GROUP_SIZE).to(gl.int64)

@@ -11,10 +11,10 @@ scores.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from anystride.kernels.attention_sm90 import load_queries
 from anystride.kernels.decode import descale
-from anystride.kernels.loaders_sm90 import copy_async, row_offsets
+from anystride.kernels.loaders_sm90 import COLUMNS, copy_async, reinterpret, row_offsets
 
 
 @gluon.constexpr_function
@@ -42,16 +42,26 @@ def in_operand_order(x):
 
 
 @gluon.jit
-def load_operand(source, scales_smem, WIDTH: gl.constexpr, SCALED: gl.constexpr, dtype: gl.constexpr):
-    """A tile of fp8 in 16 bits, times its rows' scales, ``[TILE, WIDTH]`` as it lies in the cache."""
-    LAYOUT: gl.constexpr = operand_layout(WIDTH)
-    values = source.load(LAYOUT).to(gl.float16)
+def converted(values, scales, SCALED: gl.constexpr, dtype: gl.constexpr):
+    """A tile of fp8 in 16 bits, times its rows' scales if SCALED."""
+    values = values.to(gl.float16)
     # By way of float32: directly, fp16 becomes bf16 one element at a time.
     if SCALED:
-        values = values.to(gl.float32) * gl.expand_dims(scales_smem.load(gl.SliceLayout(1, LAYOUT)), 1)
+        values = values.to(gl.float32) * gl.expand_dims(scales, 1)
     elif dtype == gl.bfloat16:
         values = values.to(gl.float32)
     return values.to(dtype)
+
+
+@gluon.jit
+def load_operand(source, scales_smem, WIDTH: gl.constexpr, SCALED: gl.constexpr, dtype: gl.constexpr):
+    """A tile of fp8 in 16 bits, times its rows' scales, ``[TILE, WIDTH]`` as it lies in the cache."""
+    LAYOUT: gl.constexpr = operand_layout(WIDTH)
+    values = source.load(LAYOUT)
+    scales = values  # none, and nobody looks at them
+    if SCALED:
+        scales = scales_smem.load(gl.SliceLayout(1, LAYOUT))
+    return converted(values, scales, SCALED, dtype)
 
 
 @gluon.jit
@@ -61,14 +71,8 @@ def largest(queries):
 
 
 @gluon.jit
-def powers_of_two(left, middle, right):
-    """Powers of two that bring rows in three pieces near the end of fp16's range, and that bring them back.
-
-    The pieces' rows must lie in the same threads.
-    """
-    ROW: gl.constexpr = gl.SliceLayout(1, left.type.layout)
-    most = gl.maximum(largest(left), gl.convert_layout(largest(middle), ROW, assert_trivial=True))
-    most = gl.maximum(most, gl.convert_layout(largest(right), ROW, assert_trivial=True))
+def powers_of_two(most):
+    """Powers of two that bring rows near the end of fp16's range, and back, by the most that they hold."""
     exponent = gl.maximum((most.to(gl.int32, bitcast=True) >> 23) & 255, 15)
     up = ((268 - exponent) << 23).to(gl.float32, bitcast=True)  # the largest is then below 2^15
     down = ((exponent - 14) << 23).to(gl.float32, bitcast=True)
@@ -76,10 +80,58 @@ def powers_of_two(left, middle, right):
 
 
 @gluon.jit
+def agree_on_powers(W: gl.constexpr, own, maxima_smem, q_seen, turn, ROW: gl.constexpr):
+    """Powers of two of rows of which each of two warpgroups has seen a part; ``own``: its parts' largest.
+
+    Returns:
+        ``(what brings rows into range, in the layout of own; what brings them back, in ROW)``.
+    """
+    LAYOUT: gl.constexpr = own.type.layout
+    maxima_smem.index(W).store(own)
+    mbarrier.arrive(q_seen, count=1)
+    mbarrier.wait(q_seen, turn & 1)
+    most = gl.maximum(maxima_smem.index(0).load(LAYOUT), maxima_smem.index(1).load(LAYOUT))
+    up, _down = powers_of_two(most)
+    most = gl.maximum(maxima_smem.index(0).load(ROW), maxima_smem.index(1).load(ROW))
+    _up, down = powers_of_two(most)
+    return up, down
+
+
+@gluon.jit
 def scaled(queries, up, dtype: gl.constexpr):
     """Rows times their powers of two, in ``dtype``."""
     ROW: gl.constexpr = gl.SliceLayout(1, queries.type.layout)
-    return (queries.to(gl.float32) * gl.expand_dims(gl.convert_layout(up, ROW), 1)).to(dtype)
+    up = gl.convert_layout(up, ROW, assert_trivial=True)
+    return (queries.to(gl.float32) * gl.expand_dims(up, 1)).to(dtype)
+
+
+@gluon.jit
+def query_box(q_smem, box, dtype: gl.constexpr):
+    """64 columns of queries where they lie, and in registers, a row in eight threads as they were loaded."""
+    BOX: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    ROWS: gl.constexpr = q_smem.shape[1]
+    smem = reinterpret(q_smem, dtype, [q_smem.shape[2] // COLUMNS, ROWS, COLUMNS], BOX).index(box)
+    return smem, smem.load(LAYOUT)
+
+
+@gluon.jit
+def largest_of_boxes(q_smem, first, count, dtype: gl.constexpr):
+    """The largest size of each row in columns of ``dtype``, 64 at a time: a loop, as code is fetched, too."""
+    _smem, most = query_box(q_smem, first, dtype)
+    most = gl.abs(most.to(gl.float32))
+    for i in range(1, count):
+        _smem, more = query_box(q_smem, first + i, dtype)
+        most = gl.maximum(most, gl.abs(more.to(gl.float32)))
+    return gl.max(most, 1)
+
+
+@gluon.jit
+def narrow_boxes(q_smem, first, count, up, dtype: gl.constexpr):
+    """Columns of ``dtype``, 64 at a time, times their rows' powers of two, in the tile's dtype."""
+    for i in range(count):
+        smem, queries = query_box(q_smem, first + i, dtype)
+        smem.store(scaled(queries, up, q_smem.dtype).to(dtype, bitcast=True))
 
 
 @gluon.jit
@@ -90,46 +142,22 @@ def factor_of(descales, seq, kv_head):
 
 @gluon.jit
 def factors(softmax_scale, q_descale, k_descale, v_descale, seq, kv_head, ONE_ROW: gl.constexpr):
-    """What all scores are multiplied by, and what queries of the rope piece are ahead of it.
+    """What all scores are multiplied by, what queries of the rope piece are ahead of it, and results.
 
     Scores of the latent have V's factor where it does not lie in K's row; the rope piece then has what K's is
     of that, in its queries, so that one accumulator takes both.
     """
     scale = softmax_scale * descale(q_descale[0], q_descale[1], q_descale[2], seq, kv_head)
     k_factor = factor_of(k_descale, seq, kv_head)
+    v_factor = factor_of(v_descale, seq, kv_head)
     rope = k_factor
     if ONE_ROW:
         scale *= k_factor
     else:
-        v_factor = factor_of(v_descale, seq, kv_head)
-        v_factor = gl.where(v_factor == 0, 2.0**-40, v_factor)  # as good as none, but nothing to divide by
-        scale *= v_factor
-        rope = k_factor / v_factor
-    return scale, rope
-
-
-@gluon.jit
-def load_whole_queries(
-    q_v_ptr, q_v, q_k_ptr, q_k, rope_scale, q_start, first_row, num_rows, kv_head,
-    GROUP_SIZE: gl.constexpr, ROWS: gl.constexpr, D_HALF: gl.constexpr, D_K: gl.constexpr,
-    VECTOR: gl.constexpr, ONE_ROW: gl.constexpr,
-):  # fmt: skip
-    """Left half, rope piece and right half of queries, and the powers of two of ``powers_of_two``."""
-    left = load_queries(
-        q_v_ptr, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF,
-        min(VECTOR, D_HALF // 32),
-    )  # fmt: skip
-    rope = load_queries(
-        q_k_ptr, q_k, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_K, min(VECTOR, D_K // 32)
-    )
-    right = load_queries(
-        q_v_ptr + D_HALF, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF,
-        min(VECTOR, D_HALF // 32),
-    )  # fmt: skip
-    if not ONE_ROW:
-        rope = rope.to(gl.float32) * rope_scale
-    up, down = powers_of_two(left, rope, right)
-    return left, rope, right, up, down
+        divisor = gl.where(v_factor == 0, 2.0**-40, v_factor)  # as good as none, but nothing to divide by
+        scale *= divisor
+        rope = k_factor / divisor
+    return scale, rope, v_factor
 
 
 @gluon.jit

@@ -37,6 +37,7 @@ from anystride.kernels.fp8_sm90 import (
     copy_scales,
     factor_of,
     in_operand_order,
+    largest,
     load_operand,
     powers_of_two,
     scaled,
@@ -143,19 +144,20 @@ def store_queries(
     """
     LEFT: gl.constexpr = piece_width(D_QK)
     RIGHT: gl.constexpr = D_QK - LEFT
-    left = load_queries(
-        q_ptr, q, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, LEFT, min(Q_VECTOR, LEFT // 32)
-    )
+    left = load_queries(q_ptr, q, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, LEFT, Q_VECTOR)
     right = left
     if RIGHT > 0:
         right = load_queries(
-            q_ptr + LEFT, q, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, RIGHT,
-            min(Q_VECTOR, RIGHT // 32),
-        )  # fmt: skip
+            q_ptr + LEFT, q, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, RIGHT, Q_VECTOR
+        )
     if q_tile.dtype == left.dtype:
         down = gl.full([TILE_M], 1.0, gl.float32, ROW)
     else:
-        up, down = powers_of_two(left, right, right)
+        most = largest(left)
+        if RIGHT > 0:
+            same = gl.convert_layout(largest(right), gl.SliceLayout(1, left.type.layout), assert_trivial=True)
+            most = gl.maximum(most, same)
+        up, down = powers_of_two(most)
         left = scaled(left, up, q_tile.dtype)
         if RIGHT > 0:
             right = scaled(right, up, q_tile.dtype)

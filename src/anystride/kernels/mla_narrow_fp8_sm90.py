@@ -1,10 +1,12 @@
 """MLA on Hopper for up to 32 rows of queries over an fp8 cache.
 
-As ``mla_narrow_sm90.py``, but for what becomes of a tile. The producer fills a ring with pieces, 64 keys of
+As ``mla_narrow_sm90.py``, but for what becomes of a tile. The producer fills rings with pieces, 64 keys of
 128 dimensions as they are stored. Two consumer warpgroups take the tiles in turn. Each loads a piece so that
 what a thread converts is, in its registers, the operand with which the piece is scored, and writes it into a
 16-bit tile of its own, from which values are multiplied. It does so while products with the values of its
-last tile are under way: a piece takes the place of one that has been multiplied.
+last tile are under way: a piece takes the place of one that has been multiplied. Each piece of a tile has a
+ring, barriers, 16-bit rooms and an accumulator of its own: of two in one allocation the compiler knows no
+better than to have a barrier between them.
 
 Products are made in float16, which holds every fp8 number, and bfloat16 queries are brought into its range by
 powers of two. With scales for rows, or a rope piece that is not fp8, they are made in the queries' dtype.
@@ -29,16 +31,19 @@ from anystride.kernels.attention_sm90 import (
     answer_foreign,
     load_queries,
     seen_by_all,
+    warpgroup_barrier,
     with_own_part,
 )
 from anystride.kernels.combine_sm90 import combine_cut_units
 from anystride.kernels.decode import descale
 from anystride.kernels.fp8_sm90 import (
+    agree_on_powers,
+    converted,
     copy_scales,
     factor_of,
     in_operand_order,
-    load_operand,
-    powers_of_two,
+    largest,
+    operand_layout,
     scaled,
 )
 from anystride.kernels.loaders_sm90 import (
@@ -55,21 +60,51 @@ from anystride.kernels.mla_narrow_sm90 import PLAIN_2D, finish, weigh
 from anystride.kernels.parts import is_before, next_unit, part_range, partial_line, share_keys, unit_share
 
 COLUMNS = gl.constexpr(128)  # of a piece: a swizzled line of 128 bytes
+CONSUMERS = gl.constexpr(128)  # threads that read a piece
+
+
+@gluon.constexpr_function
+def slots_of(slots, pieces, i):
+    """Of so many slots for a tile's pieces, those of its i-th."""
+    return slots // pieces + (i < slots % pieces)
+
+
+@gluon.jit
+def buffers(dtype: gl.constexpr, COUNT: gl.constexpr, WIDTH: gl.constexpr):
+    """Room for COUNT pieces of so many columns."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, WIDTH], dtype)
+    return gl.allocate_shared_memory(dtype, [COUNT, TILE, WIDTH], LAYOUT)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT new mbarriers."""
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
+
+
+@gluon.jit
+def wait_for_slot(tile, ring, empty):
+    """The slot of a tile's piece, as soon as it is free."""
+    SLOTS: gl.constexpr = ring.shape[0]
+    mbarrier.wait(empty.index(tile % SLOTS), ((tile // SLOTS) & 1) ^ 1)
+    return tile % SLOTS
 
 
 @gluon.jit
 def produce(
-    ring, k_smem, scales_smem, full, empty, k_full, k_empty, walk, lengths, k_ptr, k, v_ptr, v, scales, table,
-    kv_head, out, lse,
+    rings, scales_smem, full, empty, walk, lengths, k_ptr, k, v_ptr, v, scales, table, kv_head, out, lse,
     D_V: gl.constexpr, D_K: gl.constexpr, VECTOR: gl.constexpr, K_VECTOR: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, ONE_ROW: gl.constexpr, MIXED: gl.constexpr,
     GROUPS: gl.constexpr,
     GROUP_SIZE: gl.constexpr, TILE_M: gl.constexpr, SCHEDULED: gl.constexpr, FIXED_SPLITS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SHARDED: gl.constexpr,
 ):  # fmt: skip
-    """Fill the ring with the pieces of an fp8 cache's tiles, in order: the latent's, then the rope piece.
+    """Fill the rings with the pieces of tiles, the latent's, then the rope piece: each has a ring of its own.
 
-    MIXED: the rope piece is not fp8, and goes straight to where it is multiplied.
+    MIXED: the rope piece is not fp8, and its ring is where it is multiplied.
     """
     PIECE: gl.constexpr = min(D_V, COLUMNS)
     LANES: gl.constexpr = PIECE // VECTOR
@@ -79,14 +114,12 @@ def produce(
         [1, K_VECTOR], [32 // K_LANES, K_LANES], [PRODUCERS // 32, 1], [1, 0]
     )
     K_ROW: gl.constexpr = gl.SliceLayout(1, K_LAYOUT)
-    SLOTS: gl.constexpr = ring.shape[0]
+    PIECES: gl.constexpr = D_V // PIECE
     offs_n = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
     part = gl.program_id(2)
     seq, unit, step, end_seq, end_unit, end_step = part_range(part, walk, SCHEDULED)
     first_seq = seq
     tiles = 0
-    slot = 0
-    phase = 1  # what an empty ring has behind it
     while is_before(seq, unit, step, end_seq, end_unit, end_step):
         _start, num_tokens, length, total, units, _row, step, stop_step, _whole, exists = unit_share(
             seq, unit, step, end_seq, end_unit, end_step, first_seq, part, walk, lengths, gl.program_id(0),
@@ -104,45 +137,33 @@ def produce(
             )
             for _key in range(key_begin, key_end, TILE):
                 v_rows = row_offsets(block, positions, k_start, v, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
-                for i in gl.static_range(D_V // PIECE):
-                    mbarrier.wait(empty.index(slot), phase)
+                for i in gl.static_range(PIECES):
+                    slot = wait_for_slot(tiles, rings[i], empty[i])
                     if i == 0:
                         for group in gl.static_range(GROUPS):
-                            # Four tiles' worth: the ring holds less.
+                            # Four tiles' worth: the rings hold less.
                             copy_scales(
                                 scales_smem.index((tiles & 3) * GROUPS + group), scales, kv_head, group,
                                 block, positions, k_start, mask, BLOCK_SIZE, BLOCKS_PER_PAGE,
                             )  # fmt: skip
-                    piece = ring.index(slot).slice(0, PIECE, dim=1)
-                    copy_rows(piece, v_ptr + i * PIECE, v_rows, mask, PIECE, LAYOUT, PIECE)
-                    async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-                    slot += 1
-                    if slot == SLOTS:
-                        slot = slot * 0
-                        phase ^= 1
+                    copy_rows(rings[i].index(slot), v_ptr + i * PIECE, v_rows, mask, PIECE, LAYOUT, PIECE)
+                    async_copy.mbarrier_arrive(full[i].index(slot), increment_count=False)
+                slot = wait_for_slot(tiles, rings[PIECES], empty[PIECES])
                 if MIXED:
                     k_rows = row_offsets(
                         gl.convert_layout(block, K_ROW), gl.convert_layout(positions, K_ROW), k_start, k,
                         K_VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE,
                     )  # fmt: skip
                     k_mask = gl.convert_layout(mask, K_ROW)
-                    buffer = tiles & 1
-                    mbarrier.wait(k_empty.index(buffer), ((tiles >> 1) & 1) ^ 1)
-                    copy_rows(k_smem.index(buffer), k_ptr, k_rows, k_mask, D_K, K_LAYOUT)
-                    async_copy.mbarrier_arrive(k_full.index(buffer), increment_count=False)
+                    copy_rows(rings[PIECES].index(slot), k_ptr, k_rows, k_mask, D_K, K_LAYOUT)
                 else:
                     k_rows = v_rows
                     if not ONE_ROW:
                         k_rows = row_offsets(
                             block, positions, k_start, k, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE
                         )
-                    mbarrier.wait(empty.index(slot), phase)
-                    copy_rows(ring.index(slot).slice(0, D_K, dim=1), k_ptr, k_rows, mask, D_K, LAYOUT)
-                    async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-                    slot += 1
-                    if slot == SLOTS:
-                        slot = slot * 0
-                        phase ^= 1
+                    copy_rows(rings[PIECES].index(slot), k_ptr, k_rows, mask, D_K, LAYOUT)
+                async_copy.mbarrier_arrive(full[PIECES].index(slot), increment_count=False)
                 tiles += 1
                 # The next tile's block ids are fetched while this one is on its way.
                 positions += TILE
@@ -155,38 +176,73 @@ def produce(
 
 
 @gluon.jit
+def load_piece(
+    tile, rings, scales_smem, full,
+    I: gl.constexpr, WIDTH: gl.constexpr, PIECES: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
+    """A tile's I-th piece as it is stored, as soon as it is there, and its rows' scales."""
+    SLOTS: gl.constexpr = rings[I].shape[0]
+    LAYOUT: gl.constexpr = operand_layout(WIDTH)
+    slot = tile % SLOTS
+    mbarrier.wait(full[I].index(slot), (tile // SLOTS) & 1)
+    values = rings[I].index(slot).load(LAYOUT)
+    scales = values  # none, and nobody looks at them
+    if GROUPS > 0 and I < PIECES:
+        row = (tile & 3) * GROUPS + I * GROUPS // PIECES
+        scales = scales_smem.index(row).load(gl.SliceLayout(1, LAYOUT))
+    return values, scales
+
+
+@gluon.jit
+def completed(OUTSTANDING: gl.constexpr, results, COUNT: gl.constexpr):
+    """COUNT results of products, but for the last OUTSTANDING of which all are waited for."""
+    if COUNT == 1:
+        return (warpgroup_mma_wait(OUTSTANDING, deps=results),)
+    else:
+        return warpgroup_mma_wait(OUTSTANDING, deps=results)
+
+
+@gluon.jit
 def score_tile(
-    tile, ring, v_tile, k_tile, q_v_tile, q_k_tile, scales_smem, full, empty, k_full, acc0, acc1,
-    D_V0: gl.constexpr, D_V1: gl.constexpr, D_K: gl.constexpr, TILE_M: gl.constexpr, LAYOUT: gl.constexpr,
+    tile, rings, v_pieces, buffer, q_v_tile, q_k_tile, scales_smem, full, empty, accs,
+    PIECES: gl.constexpr, PIECE: gl.constexpr, D_K: gl.constexpr, TILE_M: gl.constexpr, LAYOUT: gl.constexpr,
     MIXED: gl.constexpr, GROUPS: gl.constexpr, ONE_ROW: gl.constexpr,
 ):  # fmt: skip
-    """Convert the part's ``tile``-th tile, piece by piece as they come, and start to score it.
+    """Convert the part's ``tile``-th tile, piece by piece as they come, and score it.
 
-    A piece takes the place of one that products with the tile before it read, whose results are ``acc0`` and
-    ``acc1``: as soon as they are done.
+    A piece takes the place of one that products with the tile before it read, whose results are ``accs``: as
+    soon as those are done, a half of them at a time.
 
     Returns:
-        ``(scores, scores of the rope piece if they are not a part of those, acc0, acc1)``, all complete.
+        ``(scores, scores of the rope piece if they are not a part of those, accs)``, all complete.
     """
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
-    PIECE: gl.constexpr = min(D_V0 + D_V1, COLUMNS)
-    PIECES: gl.constexpr = (D_V0 + D_V1) // PIECE
-    ALL: gl.constexpr = PIECES + (0 if MIXED else 1)  # of a tile in the ring
-    SLOTS: gl.constexpr = ring.shape[0]
-    dtype: gl.constexpr = v_tile.dtype
+    ALL: gl.constexpr = PIECES + (0 if MIXED else 1)  # to be converted
+    HALF: gl.constexpr = (PIECES + 1) // 2
+    TWO: gl.constexpr = TILE_M <= 16  # pieces that are multiplied at once: registers decide
+    AHEAD: gl.constexpr = TWO and GROUPS == 0 and not MIXED  # and whether one more is loaded
+    dtype: gl.constexpr = v_pieces[0].dtype
     scores = gl.zeros([TILE, TILE_M], gl.float32, LAYOUT)
     rope_scores = gl.zeros([TILE, TILE_M], gl.float32, LAYOUT)
-    acc0 = warpgroup_mma_wait(1 if D_V1 > 0 else 0, deps=[acc0])
+    values, scales = load_piece(tile, rings, scales_smem, full, 0, PIECE, PIECES, GROUPS)
     for i in gl.static_range(PIECES):
-        piece = tile * ALL + i
-        slot = piece % SLOTS
-        mbarrier.wait(full.index(slot), (piece // SLOTS) & 1)
-        scales = scales_smem
-        if GROUPS > 0:
-            scales = scales_smem.index((tile & 3) * GROUPS + i * GROUPS // PIECES)
-        keys = load_operand(ring.index(slot).slice(0, PIECE, dim=1), scales, PIECE, GROUPS > 0, dtype)
-        mbarrier.arrive(empty.index(slot), count=1)
-        v_tile.slice(i * PIECE, PIECE, dim=1).store(keys)
+        if AHEAD and i + 1 < ALL:
+            next_values, next_scales = load_piece(
+                tile, rings, scales_smem, full, i + 1, PIECE if i + 1 < PIECES else D_K, PIECES, GROUPS
+            )
+        keys = converted(values, scales, GROUPS > 0, dtype)
+        # By each thread, which has its numbers: no barrier.
+        async_copy.mbarrier_arrive(empty[i].index(tile % rings[i].shape[0]), increment_count=False)
+        if i == 0:
+            if TWO:
+                done = completed(PIECES - HALF, accs[:HALF], HALF)
+            else:
+                done = completed(0, accs, PIECES)
+            warpgroup_barrier()
+        elif i == HALF and TWO:
+            done = done + completed(1, accs[HALF:], PIECES - HALF)
+            warpgroup_barrier()
+        v_pieces[i].index(buffer).store(keys)
         keys = gl.convert_layout(in_operand_order(keys), OPERAND, assert_trivial=True)
         scores = warpgroup_mma(
             keys, q_v_tile.slice(i * PIECE, PIECE, dim=1).permute((1, 0)), scores, use_acc=i > 0,
@@ -194,43 +250,49 @@ def score_tile(
         )  # fmt: skip
         if i == 0:
             earlier = keys
-        if TILE_M > 16:  # no registers for two
-            scores, acc1, keys = warpgroup_mma_wait(0, deps=[scores, acc1, keys])
+        if not TWO:
+            scores, keys = warpgroup_mma_wait(0, deps=[scores, keys])
         elif i > 0:  # the products before this one's are done, those with the tile before among them
-            scores, acc1, earlier = warpgroup_mma_wait(1, deps=[scores, acc1, earlier])
+            scores, earlier = warpgroup_mma_wait(1, deps=[scores, earlier])
         earlier = keys
+        if i + 1 < ALL:
+            if AHEAD:
+                values, scales = next_values, next_scales
+            else:
+                values, scales = load_piece(
+                    tile, rings, scales_smem, full, i + 1, PIECE if i + 1 < PIECES else D_K, PIECES, GROUPS
+                )
+    slot = tile % rings[PIECES].shape[0]
     if MIXED:
-        mbarrier.wait(k_full, (tile >> 1) & 1)
+        mbarrier.wait(full[PIECES].index(slot), (tile // rings[PIECES].shape[0]) & 1)
         fence_async_shared()
         rope_scores = warpgroup_mma(
-            k_tile, q_k_tile.permute((1, 0)), rope_scores, use_acc=False, is_async=True
+            rings[PIECES].index(slot), q_k_tile.permute((1, 0)), rope_scores, use_acc=False, is_async=True
         )
-        scores, rope_scores, acc1, earlier = warpgroup_mma_wait(0, deps=[scores, rope_scores, acc1, earlier])
+        scores, rope_scores, earlier = warpgroup_mma_wait(0, deps=[scores, rope_scores, earlier])
+        async_copy.mbarrier_arrive(empty[PIECES].index(slot), increment_count=False)
     else:
-        piece = tile * ALL + PIECES
-        slot = piece % SLOTS
-        mbarrier.wait(full.index(slot), (piece // SLOTS) & 1)
-        keys = load_operand(ring.index(slot).slice(0, D_K, dim=1), scales_smem, D_K, False, dtype)
-        mbarrier.arrive(empty.index(slot), count=1)
+        keys = converted(values, scales, False, dtype)
+        async_copy.mbarrier_arrive(empty[PIECES].index(slot), increment_count=False)
         keys = gl.convert_layout(in_operand_order(keys), OPERAND, assert_trivial=True)
         if ONE_ROW:
             scores = warpgroup_mma(keys, q_k_tile.permute((1, 0)), scores, is_async=True)
-            scores, acc1, earlier, keys = warpgroup_mma_wait(0, deps=[scores, acc1, earlier, keys])
+            scores, earlier, keys = warpgroup_mma_wait(0, deps=[scores, earlier, keys])
         else:  # it has a factor of its own
             rope_scores = warpgroup_mma(
                 keys, q_k_tile.permute((1, 0)), rope_scores, use_acc=False, is_async=True
             )
-            scores, rope_scores, acc1, earlier, keys = warpgroup_mma_wait(
-                0, deps=[scores, rope_scores, acc1, earlier, keys]
+            scores, rope_scores, earlier, keys = warpgroup_mma_wait(
+                0, deps=[scores, rope_scores, earlier, keys]
             )
-    return scores, rope_scores, acc0, acc1
+    return scores, rope_scores, done
 
 
 @gluon.jit
 def consume(
-    W: gl.constexpr, q_v_smem, q_k_smem, v_smem, k_smem, p_smem, own_stats, other_stats, given, taken,
-    ring, scales_smem, k_full, k_empty,
-    full, empty, q_ready, own_done, other_done, walk, lengths, q_k_ptr, q_k, q_v_ptr, q_v,
+    W: gl.constexpr, q_v_smem, q_k_smem, v_pieces, p_smem, own_stats, other_stats, given, taken,
+    rings, scales_smem, maxima_smem, full, empty, q_seen, q_ready, own_done, other_done, walk, lengths,
+    q_k_ptr, q_k, q_v_ptr, q_v,
     q_descale, k_descale, v_descale, sinks, out, lse, partial, softmax_scale, softcap, cp_rank, kv_head,
     num_kv_heads,
     D_V0: gl.constexpr, D_V1: gl.constexpr, D_K: gl.constexpr, Q_VECTOR: gl.constexpr,
@@ -247,6 +309,8 @@ def consume(
     of all products ahead of the loops, and all addresses of the results ahead of the walk, and spill them.
     """
     SHARDED: gl.constexpr = CP_WORLD_SIZE > 1
+    PIECE: gl.constexpr = min(D_V0 + D_V1, COLUMNS)
+    PIECES: gl.constexpr = (D_V0 + D_V1) // PIECE
     # Scores and accumulators have one layout, [keys or dimensions, rows]: what belongs to rows fits both.
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_M, 16])
     ROW: gl.constexpr = gl.SliceLayout(0, LAYOUT)
@@ -275,54 +339,44 @@ def consume(
             v_factor = factor_of(v_descale, seq, kv_head)
             if ONE_ROW:
                 score_scale *= k_factor
+            warpgroup_barrier()  # or they would be asked for behind the queries
             # Each warpgroup brings a half of the queries.
             q_tile = q_v_smem.index(0)
-            if NARROWED:  # bfloat16 has numbers that float16 has not: rows are brought into its range
-                # All loads first: what follows waits for them.
+            # bfloat16 has numbers that float16 has not: rows are brought into its range.
+            if W == 0:
                 left = load_queries(
-                    q_v_ptr, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, D_V0,
-                    min(Q_VECTOR, D_V0 // 32),
-                )  # fmt: skip
-                rope = load_queries(
-                    q_k_ptr, q_k, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, D_K,
-                    min(Q_VECTOR, D_K // 32),
-                )  # fmt: skip
-                if D_V1 > 0:
-                    right = load_queries(
-                        q_v_ptr + D_V0, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M,
-                        D_V1, min(Q_VECTOR, D_V1 // 32),
-                    )  # fmt: skip
-                    up, down = powers_of_two(left, rope, right)
-                else:
-                    up, down = powers_of_two(left, rope, rope)
-                if W == 0:
-                    left = scaled(left, up, q_tile.dtype)
-                    q_tile.slice(0, D_V0, dim=1).store(in_operand_order(left))
-                else:
-                    if D_V1 > 0:
-                        right = scaled(right, up, q_tile.dtype)
-                        q_tile.slice(D_V0, D_V1, dim=1).store(in_operand_order(right))
-                    rope = scaled(rope, up, q_tile.dtype)
-                    q_k_smem.index(0).store(in_operand_order(rope))
-                score_scale = gl.expand_dims(gl.convert_layout(down, ROW), 0) * score_scale  # [1, TILE_M]
-            elif W == 0:
-                queries = load_queries(
                     q_v_ptr, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, D_V0, Q_VECTOR
                 )
-                q_tile.slice(0, D_V0, dim=1).store(in_operand_order(queries))
+                if NARROWED:
+                    up, down = agree_on_powers(W, largest(left), maxima_smem, q_seen, turn, ROW)
+                    left = scaled(left, up, q_tile.dtype)
+                q_tile.slice(0, D_V0, dim=1).store(in_operand_order(left))
             else:
                 rope = load_queries(
                     q_k_ptr, q_k, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M, D_K, Q_VECTOR
                 )
                 if D_V1 > 0:
-                    queries = load_queries(
+                    right = load_queries(
                         q_v_ptr + D_V0, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, TILE_M,
                         D_V1, Q_VECTOR,
                     )  # fmt: skip
-                    q_tile.slice(D_V0, D_V1, dim=1).store(in_operand_order(queries))
+                if NARROWED:
+                    SAME_ROW: gl.constexpr = gl.SliceLayout(1, rope.type.layout)
+                    most = largest(rope)
+                    if D_V1 > 0:
+                        same = gl.convert_layout(largest(right), SAME_ROW, assert_trivial=True)
+                        most = gl.maximum(most, same)
+                    up, down = agree_on_powers(W, most, maxima_smem, q_seen, turn, ROW)
+                    rope = scaled(rope, up, q_tile.dtype)
+                    if D_V1 > 0:
+                        right = scaled(right, up, q_tile.dtype)
+                if D_V1 > 0:
+                    q_tile.slice(D_V0, D_V1, dim=1).store(in_operand_order(right))
                 if not MIXED:
                     rope = in_operand_order(rope)
                 q_k_smem.index(0).store(rope)
+            if NARROWED:
+                score_scale = gl.expand_dims(down, 0) * score_scale  # [1, TILE_M]
             fence_async_shared()
             mbarrier.arrive(q_ready, count=1)
 
@@ -330,11 +384,9 @@ def consume(
                 first_row, num_rows, num_tokens, total, first_key, key_end, walk,
                 GROUP_SIZE, TILE_M, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
-            acc0 = gl.zeros([D_V0, TILE_M], gl.float32, LAYOUT)
-            if D_V1 > 0:
-                acc1 = gl.zeros([D_V1, TILE_M], gl.float32, LAYOUT)
-            else:
-                acc1 = acc0  # none, and nobody looks at it
+            accs = (gl.zeros([PIECE, TILE_M], gl.float32, LAYOUT),)
+            for _j in gl.static_range(PIECES - 1):
+                accs = accs + (gl.zeros([PIECE, TILE_M], gl.float32, LAYOUT),)
             row_max = gl.full([TILE_M], float("-inf"), gl.float32, ROW)
             prob_sum = gl.zeros([TILE, TILE_M], gl.float32, LAYOUT)  # summed over keys at the end only
             mbarrier.wait(q_ready, turn & 1)
@@ -346,12 +398,8 @@ def consume(
             rope_scores = gl.zeros([TILE, TILE_M], gl.float32, LAYOUT)
             for i in range(first - 2, num_tiles, 2):
                 zero = turns >> 30
-                v_tile = v_smem.index(W + zero)
-                k_tile = k_smem.index(W + zero)
                 shrink = row_max
                 if i >= first:
-                    if MIXED:
-                        mbarrier.arrive(k_empty.index(W), count=1)
                     if not ONE_ROW:
                         scores = scores * v_factor + rope_scores * k_factor
                     row_max, prob_sum, shrink = weigh(
@@ -361,35 +409,33 @@ def consume(
                         CP_INTERLEAVE,
                     )  # fmt: skip
                 fence_async_shared()
-                acc0 = acc0 * gl.expand_dims(shrink, 0)
-                v_half = v_tile.slice(0, D_V0, dim=1).permute((1, 0))
-                acc0 = warpgroup_mma(v_half, p_smem, acc0, use_acc=i > first, is_async=True)
-                if D_V1 > 0:
-                    acc1 = acc1 * gl.expand_dims(shrink, 0)
-                    v_half = v_tile.slice(D_V0, D_V1, dim=1).permute((1, 0))
-                    acc1 = warpgroup_mma(v_half, p_smem, acc1, use_acc=i > first, is_async=True)
+                products = ()
+                for j in gl.static_range(PIECES):
+                    acc = accs[j] * gl.expand_dims(shrink, 0)
+                    v_piece = v_pieces[j].index(W + zero).permute((1, 0))
+                    acc = warpgroup_mma(v_piece, p_smem, acc, use_acc=i > first, is_async=True)
+                    products = products + (acc,)
                 if i + 2 < num_tiles:
-                    scores, rope_scores, done0, done1 = score_tile(
-                        tiles + i + 2, ring, v_tile, k_tile, q_v_smem.index(zero), q_k_smem.index(zero),
-                        scales_smem, full, empty, k_full.index(W), acc0, acc1, D_V0, D_V1, D_K, TILE_M,
-                        LAYOUT, MIXED, GROUPS, ONE_ROW,
+                    scores, rope_scores, accs = score_tile(
+                        tiles + i + 2, rings, v_pieces, W + zero, q_v_smem.index(zero),
+                        q_k_smem.index(zero), scales_smem, full, empty, products,
+                        PIECES, PIECE, D_K, TILE_M, LAYOUT, MIXED, GROUPS, ONE_ROW,
                     )  # fmt: skip
                 else:
-                    done0, done1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
-                acc0, acc1 = done0, done1
+                    accs = completed(0, products, PIECES)
                 turns += 1
             tiles += num_tiles
-            acc0 = gl.where(first < num_tiles, acc0, 0.0)  # without a tile, the products of none stand there
-            if D_V1 > 0:
-                acc1 = gl.where(first < num_tiles, acc1, 0.0)
+            results = ()
+            for j in gl.static_range(PIECES):  # without a tile, the products of none stand there
+                results = results + (gl.where(first < num_tiles, accs[j], 0.0),)
             first_line = partial_line(
                 seq, unit, first_seq, first_unit, part, kv_head, num_kv_heads, walk[5], tile_in_unit,
                 TILE_M, SCHEDULED,
             )  # fmt: skip
             finish(
-                W, acc0, acc1, row_max, prob_sum, v_factor, own_stats, other_stats, given, taken, own_done,
+                W, results, row_max, prob_sum, v_factor, own_stats, other_stats, given, taken, own_done,
                 other_done, turn, turns >> 30, q_start, first_row, num_rows, whole, first_line, kv_head,
-                sinks, out, lse, partial, D_V0, D_V1, GROUP_SIZE, OUT_UNIT, True, LAYOUT,
+                sinks, out, lse, partial, PIECES, GROUP_SIZE, OUT_UNIT, True, LAYOUT,
             )  # fmt: skip
             turn += 1
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)
@@ -460,35 +506,40 @@ def mla_narrow_fp8_kernel(
     PROBS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, TILE_M], dtype)
     q_v_smem = gl.allocate_shared_memory(dtype, [1, TILE_M, D_V], LATENT)
     q_k_smem = gl.allocate_shared_memory(dtype, [1, TILE_M, D_K], ROPE)
-    v_smem = gl.allocate_shared_memory(dtype, [2, TILE, D_V], LATENT)
-    k_smem = v_smem  # an fp8 rope piece goes from the ring to registers
-    RING: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, COLUMNS], v_dtype)
-    ring = gl.allocate_shared_memory(v_dtype, [SLOTS, TILE, COLUMNS], RING)
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(full.index(i), count=PRODUCERS)
-        mbarrier.init(empty.index(i), count=1)
-    k_full = full  # nobody waits for those of the rope piece where they are not
-    k_empty = empty
-    if MIXED:
-        k_smem = gl.allocate_shared_memory(dtype, [2, TILE, D_K], ROPE)
-        k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(2):
-            mbarrier.init(k_full.index(i), count=PRODUCERS)
-            mbarrier.init(k_empty.index(i), count=1)
+    PIECE: gl.constexpr = min(D_V, COLUMNS)
+    PIECES: gl.constexpr = D_V // PIECE
+    v_pieces = ()
+    rings = ()
+    full = ()
+    empty = ()
+    for i in gl.static_range(PIECES):
+        v_pieces = v_pieces + (buffers(dtype, 2, PIECE),)
+        rings = rings + (buffers(v_dtype, slots_of(SLOTS, PIECES, i), PIECE),)
+        full = full + (barriers(slots_of(SLOTS, PIECES, i), PRODUCERS),)
+        empty = empty + (barriers(slots_of(SLOTS, PIECES, i), CONSUMERS),)
+    ROPES: gl.constexpr = slots_of(SLOTS, PIECES, 0)
+    rings = rings + (buffers(k_ptr.dtype.element_ty, ROPES, D_K),)
+    full = full + (barriers(ROPES, PRODUCERS),)
+    empty = empty + (barriers(ROPES, CONSUMERS),)
     p_smem0 = gl.allocate_shared_memory(dtype, [TILE, TILE_M], PROBS)
     p_smem1 = gl.allocate_shared_memory(dtype, [TILE, TILE_M], PROBS)
     stats0 = gl.allocate_shared_memory(gl.float32, [2, TILE_M], PLAIN)
     stats1 = gl.allocate_shared_memory(gl.float32, [2, TILE_M], PLAIN)
     # Each warpgroup's tile is its own, and free when a unit ends: the halves are exchanged there.
-    halves = reinterpret(v_smem, gl.float32, [TILE * D_V // (D_V0 * TILE_M), D_V0, TILE_M], PLAIN_2D)
-    half1 = halves.index(0)
-    half0 = halves.index(TILE * D_V // (2 * D_V0 * TILE_M))
+    BUFFERS: gl.constexpr = TILE // TILE_M  # of float32 in a piece's two of 16 bits
+    given0 = ()
+    given1 = ()
+    for i in gl.static_range(PIECES):
+        results = reinterpret(v_pieces[i], gl.float32, [BUFFERS, PIECE, TILE_M], PLAIN_2D)
+        if i < (PIECES + 1) // 2:
+            given1 = given1 + (results.index(BUFFERS // 2),)
+        else:
+            given0 = given0 + (results.index(0),)
     scales_smem = stats0
     if GROUPS > 0:
         scales_smem = gl.allocate_shared_memory(gl.float32, [4 * GROUPS, TILE], PLAIN)
+    maxima_smem = gl.allocate_shared_memory(gl.float32, [2, TILE_M], PLAIN)
+    q_seen = barrier(2)
     q_ready = barrier(2)
     done0 = barrier(1)
     done1 = barrier(1)
@@ -531,15 +582,15 @@ def mla_narrow_fp8_kernel(
         walk = with_own_part(walk, lengths, GROUP_SIZE, HAS_LEFT and HAS_RIGHT and not SHARDED, SEQUENCES)
     gl.warp_specialize([
         (produce, (
-            ring, k_smem, scales_smem, full, empty, k_full, k_empty, walk, lengths, k_base, k, v_base, v,
+            rings, scales_smem, full, empty, walk, lengths, k_base, k, v_base, v,
             scales, table, kv_head, out, lse, D_V, D_K, VECTOR, K_VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE,
             V_AT >= 0, MIXED, GROUPS, GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS, HAS_LEFT, HAS_RIGHT,
             SHARDED,
         )),
         (consume, (
-            0, q_v_smem, q_k_smem, v_smem, k_smem, p_smem0, stats0, stats1, half1, half0,
-            ring, scales_smem, k_full, k_empty,
-            full, empty, q_ready, done0, done1, walk, lengths, q_ptr + K_AT, rope, latent_ptr, latent,
+            0, q_v_smem, q_k_smem, v_pieces, p_smem0, stats0, stats1, given0, given1,
+            rings, scales_smem, maxima_smem, full, empty, q_seen, q_ready, done0, done1, walk, lengths,
+            q_ptr + K_AT, rope, latent_ptr, latent,
             q_descale, k_descale, v_descale,
             sinks, out, lse, partial, softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_V0, D_V1, D_K, Q_VECTOR, GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS,
@@ -547,9 +598,9 @@ def mla_narrow_fp8_kernel(
             OUT_UNIT, OUT_VECTOR, MIXED, GROUPS, V_AT >= 0, NARROWED,
         )),
         (consume, (
-            1, q_v_smem, q_k_smem, v_smem, k_smem, p_smem1, stats1, stats0, half0, half1,
-            ring, scales_smem, k_full, k_empty,
-            full, empty, q_ready, done1, done0, walk, lengths, q_ptr + K_AT, rope, latent_ptr, latent,
+            1, q_v_smem, q_k_smem, v_pieces, p_smem1, stats1, stats0, given1, given0,
+            rings, scales_smem, maxima_smem, full, empty, q_seen, q_ready, done1, done0, walk, lengths,
+            q_ptr + K_AT, rope, latent_ptr, latent,
             q_descale, k_descale, v_descale,
             sinks, out, lse, partial, softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
             D_V0, D_V1, D_K, Q_VECTOR, GROUP_SIZE, TILE_M, SCHEDULED, FIXED_SPLITS,

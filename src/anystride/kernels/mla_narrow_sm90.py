@@ -102,24 +102,6 @@ def produce(
 
 
 @gluon.jit
-def store_piece(
-    acc, inverse, whole, out_ptr, out_rows, stride_out_dim, row_mask, partial_ptr, offs_m,
-    first_dim, D: gl.constexpr, D_V: gl.constexpr, OUT_UNIT: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Write dimensions ``[first_dim, first_dim + D)`` of a result: to ``out``, or to the partial results."""
-    dims = first_dim + gl.arange(0, D, gl.SliceLayout(1, LAYOUT))
-    result = acc * gl.expand_dims(inverse, 0)
-    if whole:
-        offsets = dims.to(gl.int64)
-        if not OUT_UNIT:
-            offsets = offsets * stride_out_dim
-        ptrs = out_ptr + (gl.expand_dims(offsets, 1) + gl.expand_dims(out_rows, 0))
-        gl.store(ptrs, result.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(row_mask, 0))
-    else:
-        gl.store(partial_ptr + (gl.expand_dims(dims, 1) + gl.expand_dims(offs_m * D_V, 0)), result)
-
-
-@gluon.jit
 def weigh(
     scores, row_max, prob_sum, p_smem, key, score_scale, softcap, before, first_row, all_begin, all_end,
     first_key, key_end, walk, cp_rank, LAYOUT: gl.constexpr, GROUP_SIZE: gl.constexpr, HAS_LEFT: gl.constexpr,
@@ -152,17 +134,22 @@ def weigh(
 
 @gluon.jit
 def finish(
-    W: gl.constexpr, acc0, acc1, row_max, prob_sum, factor, own_stats, other_stats, given, taken, own_done,
+    W: gl.constexpr, accs, row_max, prob_sum, factor, own_stats, other_stats, given, taken, own_done,
     other_done, turn, zero, q_start, first_row, num_rows, whole, first_line, kv_head, sinks, out, lse,
-    partial, D_V0: gl.constexpr, D_V1: gl.constexpr, GROUP_SIZE: gl.constexpr, OUT_UNIT: gl.constexpr,
+    partial, PIECES: gl.constexpr, GROUP_SIZE: gl.constexpr, OUT_UNIT: gl.constexpr,
     EARLY: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Write a unit's results, times ``factor`` unless that is None.
 
-    Both warpgroups have a result over their own tiles: each gives the other a half of it, and finishes one.
+    Both warpgroups have a result over their own tiles, in PIECES along its dimensions. Each gives the other
+    a half of them in ``given``, and finishes the others: warpgroup 0 the first half.
     """
     ROW: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    TILE_M: gl.constexpr = acc0.shape[1]
+    D: gl.constexpr = accs[0].shape[0]
+    TILE_M: gl.constexpr = accs[0].shape[1]
+    HALF: gl.constexpr = (PIECES + 1) // 2
+    OWN: gl.constexpr = 0 if W == 0 else HALF  # the first of those to finish
+    OWNED: gl.constexpr = HALF if W == 0 else PIECES - HALF
     offs_m = gl.arange(0, TILE_M, ROW)
     rows = first_row + zero + offs_m  # [TILE_M]
     row_mask = rows < num_rows
@@ -170,12 +157,9 @@ def finish(
     row_sum = gl.sum(prob_sum, 0)
     own_stats.index(0).store(row_max)
     own_stats.index(1).store(row_sum)
-    if W == 1:
-        given.store(acc0)
-        mbarrier.arrive(own_done, count=1)
-    elif EARLY:
-        if D_V1 > 0:
-            given.store(acc1)
+    if W == 1 or EARLY:
+        for i in gl.static_range(PIECES - OWNED):
+            given[i].store(accs[HALF - OWN + i])
         mbarrier.arrive(own_done, count=1)
     mbarrier.wait(other_done, turn & 1)
     other_max = other_stats.index(0).load(ROW)
@@ -197,7 +181,7 @@ def finish(
 
     if factor is not None:
         inverse *= factor
-    partial_ptr = partial[0] + first_line * (D_V0 + D_V1)
+    partial_ptr = partial[0] + first_line * (PIECES * D)
     token = (q_start + rows // GROUP_SIZE).to(gl.int64)
     out_rows = token * out[1] + head.to(gl.int64) * out[2]
     if W == 0:
@@ -207,25 +191,29 @@ def finish(
                 ptrs = lse[0] + head.to(gl.int64) * lse[1] + token
                 gl.store(ptrs, row_lse * LN_2, mask=row_mask)
         else:
-            behind = partial[1].to(gl.int64) * (D_V0 + D_V1)
+            behind = partial[1].to(gl.int64) * (PIECES * D)
             gl.store(partial[0] + behind + first_line + offs_m, row_lse)
-        acc0 *= gl.expand_dims(own_weight, 0)
-        acc0 += taken.load(LAYOUT) * gl.expand_dims(other_weight, 0)
-        if not EARLY:  # one place for both halves: it was free only now
-            if D_V1 > 0:
-                given.store(acc1)
-            mbarrier.arrive(own_done, count=1)
-        store_piece(
-            acc0, inverse, whole, out[0], out_rows, out[3], row_mask, partial_ptr, offs_m,
-            zero, D_V0, D_V0 + D_V1, OUT_UNIT, LAYOUT,
-        )  # fmt: skip
-    elif D_V1 > 0:
-        acc1 *= gl.expand_dims(own_weight, 0)
-        acc1 += taken.load(LAYOUT) * gl.expand_dims(other_weight, 0)
-        store_piece(
-            acc1, inverse, whole, out[0], out_rows, out[3], row_mask, partial_ptr, offs_m,
-            D_V0 + zero, D_V1, D_V0 + D_V1, OUT_UNIT, LAYOUT,
-        )  # fmt: skip
+    results = ()
+    for i in gl.static_range(OWNED):
+        acc = accs[OWN + i] * gl.expand_dims(own_weight, 0)
+        results = results + (acc + taken[i].load(LAYOUT) * gl.expand_dims(other_weight, 0),)
+    if W == 0 and not EARLY:  # one place for both halves: it was free only now
+        for i in gl.static_range(PIECES - OWNED):
+            given[i].store(accs[HALF + i])
+        mbarrier.arrive(own_done, count=1)
+    if whole:
+        for i in gl.static_range(OWNED):
+            offsets = ((OWN + i) * D + zero + gl.arange(0, D, gl.SliceLayout(1, LAYOUT))).to(gl.int64)
+            if not OUT_UNIT:
+                offsets = offsets * out[3]
+            places = gl.expand_dims(offsets, 1) + gl.expand_dims(out_rows, 0)
+            result = (results[i] * gl.expand_dims(inverse, 0)).to(out[0].dtype.element_ty)
+            gl.store(out[0] + places, result, mask=gl.expand_dims(row_mask, 0))
+    else:
+        for i in gl.static_range(OWNED):
+            dims = (OWN + i) * D + zero + gl.arange(0, D, gl.SliceLayout(1, LAYOUT))
+            lines = gl.expand_dims(dims, 1) + gl.expand_dims(offs_m * (PIECES * D), 0)
+            gl.store(partial_ptr + lines, results[i] * gl.expand_dims(inverse, 0))
 
 
 @gluon.jit
@@ -333,16 +321,18 @@ def consume(
                 own_tiles += 1
             tiles += num_tiles
 
-            if D_V1 == 0:
-                acc1 = acc0  # there is none, and nobody looks at it
+            if D_V1 > 0:
+                accs = (acc0, acc1)
+            else:
+                accs = (acc0,)
             first_line = partial_line(
                 seq, unit, first_seq, first_unit, part, kv_head, num_kv_heads, walk[5], tile_in_unit,
                 TILE_M, SCHEDULED,
             )  # fmt: skip
             finish(
-                W, acc0, acc1, row_max, prob_sum, None, own_stats, other_stats, given, taken, own_done,
+                W, accs, row_max, prob_sum, None, own_stats, other_stats, (given,), (taken,), own_done,
                 other_done, turn, own_tiles >> 30, q_start, first_row, num_rows, whole, first_line, kv_head,
-                sinks, out, lse, partial, D_V0, D_V1, GROUP_SIZE, OUT_UNIT, EARLY, LAYOUT,
+                sinks, out, lse, partial, (D_V0 + D_V1) // D_V0, GROUP_SIZE, OUT_UNIT, EARLY, LAYOUT,
             )  # fmt: skip
             turn += 1
         seq, unit, step = next_unit(seq, unit, step, units, SCHEDULED)

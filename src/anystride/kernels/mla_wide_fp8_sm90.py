@@ -2,7 +2,7 @@
 
 Queries and two 16-bit tiles leave no room for tiles as they are stored. The producer loads quarters of these
 to its registers, 64 keys of 128 bytes, as words of four numbers, and writes them into the halves as 16-bit
-numbers; AHEAD quarters are on their way while it converts, or waits for a half to become free, those of the
+numbers; two quarters are on their way while it converts, or waits for a half to become free, those of the
 next tile among them. The consumers fence what it writes, as nothing of theirs is on its way.
 
 Products are made in float16, which holds every fp8 number, and queries in bfloat16 are brought into its range
@@ -30,7 +30,6 @@ from anystride.kernels.mla_wide_sm90 import LEFT0, LEFT1, RIGHT0, RIGHT1, ROWS, 
 from anystride.kernels.parts import is_before, next_unit, part_range, share_keys, unit_share
 
 QUARTERS = gl.constexpr(4)  # of a tile's latent part: a consumer waits for each
-AHEAD = gl.constexpr(2)  # quarters on their way: divides QUARTERS, or registers would be moved about
 WORDS = gl.constexpr(COLUMNS.value // 2)  # of two numbers, in a row of a box
 LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # words of 64 keys
 ROW = gl.constexpr(gl.SliceLayout(1, LAYOUT.value))
@@ -119,6 +118,19 @@ def store_words(boxes, words, scale, SCALED: gl.constexpr, source: gl.constexpr,
 
 
 @gluon.jit
+def store_quarter(
+    v_boxes, half, I: gl.constexpr, T: gl.constexpr, GROUPS: gl.constexpr, source: gl.constexpr,
+    target: gl.constexpr,
+):  # fmt: skip
+    """Store the I-th quarter of tile T of a pair, of which ``half`` holds two."""
+    boxes = v_boxes.index(T * QUARTERS + (I + 2 * T) % QUARTERS)
+    if GROUPS > 0:
+        store_words(boxes, half[I % 2 * 2], half[I % 2 * 2 + 1], True, source, target)
+    else:
+        store_words(boxes, half[I % 2], half[I % 2], False, source, target)
+
+
+@gluon.jit
 def find_starts(
     positions, block, k_start, v_ptr, v, scales, kv_head,
     VECTOR: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr, GROUPS: gl.constexpr,
@@ -161,72 +173,58 @@ def fill_tile(
     VECTOR: gl.constexpr, K_VECTOR: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCKS_PER_PAGE: gl.constexpr,
     K_AT: gl.constexpr, V_AT: gl.constexpr, GROUPS: gl.constexpr, HAS_LEFT: gl.constexpr,
 ):  # fmt: skip
-    """Fill tile T of a pair, and start to load the next one.
+    """Fill tile T of a pair, and start to load the next one: a quarter is asked for when one is stored.
 
-    ``queue`` holds the first AHEAD quarters of this tile. The ids of the next one's blocks are there; those
-    of the one behind it are asked for.
+    ``queue`` holds the first half of this tile. The ids of the next one's blocks are there; those of the one
+    behind it are asked for. A wait for one load is a wait for all that are on their way: the rope piece is
+    stored, and the ids are used, where a quarter has been waited for.
 
     Returns:
         What the next tile takes.
     """
     FIRST: gl.constexpr = LEFT0 if T == 0 else RIGHT1
     SECOND: gl.constexpr = RIGHT0 if T == 0 else LEFT1
-    fp8: gl.constexpr = v_ptr.dtype.element_ty
     K_BYTES: gl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
-    MIXED: gl.constexpr = K_BYTES > 1
     phase = (pairs & 1) ^ 1
-    for i in gl.static_range(QUARTERS):
-        if i == 0:
-            mbarrier.wait(empty[FIRST], phase)
-        if i == 2:
-            mbarrier.wait(empty[SECOND], phase)
-        boxes = v_boxes.index(T * QUARTERS + (i + 2 * T) % QUARTERS)
-        if GROUPS > 0:
-            store_words(boxes, queue[0], queue[1], True, fp8, dtype)
-            queue = queue[2:]
-        else:
-            store_words(boxes, queue[0], queue[0], False, fp8, dtype)
-            queue = queue[1:]
-        if i < QUARTERS - 1:  # the last one has the rope piece with it
-            mbarrier.arrive(full[2 * (FIRST if i < 2 else SECOND) + i % 2], count=PRODUCERS)
-        if i == 0:
-            if V_AT >= 0:
-                rope = load_words(starts, mask, (K_AT - V_AT) // 4, COLUMNS // 4)
-            else:
-                rows = row_offsets(block, positions, k_start, k, K_VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
-                k_starts = (k_ptr + rows).to(gl.pointer_type(gl.int32), bitcast=True)
-                rope = load_words(k_starts, mask, 0, COLUMNS // 4 * K_BYTES)
-        if i + AHEAD == QUARTERS:
-            # What is loaded from here on is of the next tile.
-            positions += TILE
-            block = next_block
-            mask = next_mask
-            starts, scale_starts = find_starts(
-                positions, block, k_start, v_ptr, v, scales, kv_head,
-                VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, GROUPS,
-            )  # fmt: skip
-        if i + AHEAD < QUARTERS:
-            queue = queue + load_quarter(starts, scale_starts, mask, scales, i + AHEAD, T, D_V, GROUPS)
-        else:
-            queue = queue + load_quarter(
-                starts, scale_starts, mask, scales, i + AHEAD - QUARTERS, 1 - T, D_V, GROUPS
-            )
-    if MIXED:
+    mbarrier.wait(empty[FIRST], phase)
+    store_quarter(v_boxes, queue, 0, T, GROUPS, v_ptr.dtype.element_ty, dtype)
+    mbarrier.arrive(full[2 * FIRST], count=PRODUCERS)
+    later = load_quarter(starts, scale_starts, mask, scales, 2, T, D_V, GROUPS)
+    if V_AT >= 0:
+        rope = load_words(starts, mask, (K_AT - V_AT) // 4, COLUMNS // 4)
+    else:
+        rows = row_offsets(block, positions, k_start, k, K_VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
+        k_starts = (k_ptr + rows).to(gl.pointer_type(gl.int32), bitcast=True)
+        rope = load_words(k_starts, mask, 0, COLUMNS // 4 * K_BYTES)
+    store_quarter(v_boxes, queue, 1, T, GROUPS, v_ptr.dtype.element_ty, dtype)
+    mbarrier.arrive(full[2 * FIRST + 1], count=PRODUCERS)
+    queue = later + load_quarter(starts, scale_starts, mask, scales, 3, T, D_V, GROUPS)
+    later_block, later_mask = find_blocks(
+        positions + 2 * TILE, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE, HAS_LEFT
+    )
+    positions += TILE
+    starts, scale_starts = find_starts(
+        positions, next_block, k_start, v_ptr, v, scales, kv_head, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, GROUPS
+    )
+    mbarrier.wait(empty[SECOND], phase)
+    store_quarter(v_boxes, queue, 2, T, GROUPS, v_ptr.dtype.element_ty, dtype)
+    mbarrier.arrive(full[2 * SECOND], count=PRODUCERS)
+    if K_BYTES > 1:
         k_boxes.index(T).store(rope)
     else:
-        store_words(k_boxes.index(T), rope, rope, False, fp8, dtype)
+        store_words(k_boxes.index(T), rope, rope, False, v_ptr.dtype.element_ty, dtype)
+    later = load_quarter(starts, scale_starts, next_mask, scales, 0, 1 - T, D_V, GROUPS)
+    store_quarter(v_boxes, queue, 3, T, GROUPS, v_ptr.dtype.element_ty, dtype)
     mbarrier.arrive(full[2 * SECOND + 1], count=PRODUCERS)
+    queue = later + load_quarter(starts, scale_starts, next_mask, scales, 1, 1 - T, D_V, GROUPS)
     # Too little fits into registers to hide all of memory's latency.
-    next_block, next_mask = find_blocks(
-        positions + TILE, first_key, key_end, table_ptr, stride_table_block, BLOCK_SIZE, HAS_LEFT
-    )
     ahead, _scales = find_starts(
-        positions + TILE, next_block, k_start, v_ptr, v, scales, kv_head,
+        positions + TILE, later_block, k_start, v_ptr, v, scales, kv_head,
         VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, 0,
     )  # fmt: skip
     ROPE: gl.constexpr = D_K if V_AT >= 0 else 0
-    prefetch(ahead, next_mask, -ROPE // 4 if V_AT > 0 else 0, D_V + ROPE)
-    return queue, positions, block, mask, starts, scale_starts, next_block, next_mask
+    prefetch(ahead, later_mask, -ROPE // 4 if V_AT > 0 else 0, D_V + ROPE)
+    return queue, positions, next_block, next_mask, starts, scale_starts, later_block, later_mask
 
 
 @gluon.jit
@@ -254,8 +252,7 @@ def fill_pairs(
         VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, GROUPS,
     )  # fmt: skip
     queue = load_quarter(starts, scale_starts, mask, scales, 0, 0, D_V, GROUPS)
-    for i in gl.static_range(1, AHEAD):
-        queue = queue + load_quarter(starts, scale_starts, mask, scales, i, 0, D_V, GROUPS)
+    queue = queue + load_quarter(starts, scale_starts, mask, scales, 1, 0, D_V, GROUPS)
     for _key in range(key_begin, tl.maximum(key_end, key_begin + 1), 2 * TILE):
         queue, positions, block, mask, starts, scale_starts, next_block, next_mask = fill_tile(
             pairs, queue, positions, block, mask, starts, scale_starts, next_block, next_mask,
@@ -374,11 +371,13 @@ def mla_wide_fp8_kernel(
     reference1_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
     sum0_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
     sum1_smem = gl.allocate_shared_memory(gl.float32, [ROWS], PLAIN)
+    maxima_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], PLAIN)
     full = (
         barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS),
         barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS), barrier(PRODUCERS),
     )  # fmt: skip
     empty = (barrier(1), barrier(1), barrier(1), barrier(1))
+    q_seen = barrier(2)
     q_ready = barrier(2)
     p0_ready = barrier(1)
     p1_ready = barrier(1)
@@ -432,7 +431,7 @@ def mla_wide_fp8_kernel(
         (consume_left, (
             q_v_smem, q_k_smem, v_smem, k_smem, limits0_smem, reference0_smem, reference1_smem,
             sum0_smem, sum1_smem,
-            full, empty, q_ready, p0_ready, p1_ready, done0, done1,
+            maxima_smem, full, empty, q_seen, q_ready, p0_ready, p1_ready, done0, done1,
             walk, lengths, latent_ptr, latent, q_ptr + K_AT, rope, q_descale, k_descale, v_descale,
             sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
@@ -443,7 +442,7 @@ def mla_wide_fp8_kernel(
         (consume_right, (
             q_v_smem, q_k_smem, v_smem, k_smem, limits1_smem, reference0_smem, reference1_smem,
             sum1_smem, sum0_smem,
-            full, empty, q_ready, p0_ready, p1_ready, done1, done0,
+            maxima_smem, full, empty, q_seen, q_ready, p0_ready, p1_ready, done1, done0,
             walk, lengths, latent_ptr, latent, q_ptr + K_AT, rope, q_descale, k_descale, v_descale,
             sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),

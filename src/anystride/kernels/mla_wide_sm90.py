@@ -37,10 +37,18 @@ from anystride.kernels.attention_sm90 import (
     is_visible,
     load_queries,
     seen_by_all,
+    warpgroup_barrier,
     with_own_part,
 )
 from anystride.kernels.combine_sm90 import combine_cut_units
-from anystride.kernels.fp8_sm90 import factor_of, factors, load_whole_queries, scaled
+from anystride.kernels.fp8_sm90 import (
+    agree_on_powers,
+    factors,
+    largest,
+    largest_of_boxes,
+    narrow_boxes,
+    scaled,
+)
 from anystride.kernels.loaders_sm90 import (
     COLUMNS,
     PRODUCERS,
@@ -437,7 +445,7 @@ def finish(
 def consume_left(
     q_v_smem, q_k_smem, v_smem, k_smem, limits_smem, reference0_smem, reference1_smem,
     own_sum_smem, other_sum_smem,
-    full, empty, q_ready, p0_ready, p1_ready, own_done, other_done,
+    maxima_smem, full, empty, q_seen, q_ready, p0_ready, p1_ready, own_done, other_done,
     walk, lengths, q_v_ptr, q_v, q_k_ptr, q_k, q_descale, k_descale, v_descale,
     sinks, out, lse, partial,
     softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
@@ -476,22 +484,22 @@ def consume_left(
             )  # fmt: skip
             num_rows = num_tokens * GROUP_SIZE
             score_scale = softmax_scale
+            results_scale = None
             if FP8:
-                score_scale, rope_scale = factors(
+                score_scale, rope_scale, results_scale = factors(
                     score_scale, q_descale, k_descale, v_descale, seq, kv_head, ONE_ROW
                 )
-            if NARROWED:
-                queries, _rope, _right, up, down = load_whole_queries(
-                    q_v_ptr, q_v, q_k_ptr, q_k, rope_scale, q_start, first_row, num_rows, kv_head,
-                    GROUP_SIZE, ROWS, D_HALF, D_K, Q_VECTOR, ONE_ROW,
-                )  # fmt: skip
-                queries = scaled(queries, up, dtype)
-                score_scale = gl.expand_dims(gl.convert_layout(down, ROW), 1) * score_scale  # [ROWS, 1]
-            else:
-                queries = load_queries(
-                    q_v_ptr, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF, Q_VECTOR
-                )
+                warpgroup_barrier()  # or they would be asked for behind the queries
+            queries = load_queries(
+                q_v_ptr, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF, Q_VECTOR
+            )
+            queries = queries.to(dtype, bitcast=True)
             q_v_smem.index(0).slice(0, D_HALF, dim=1).store(queries)
+            if NARROWED:
+                most = largest_of_boxes(q_v_smem, 0, D_HALF // COLUMNS, q_v_ptr.dtype.element_ty)
+                up, down = agree_on_powers(0, most, maxima_smem, q_seen, turn, ROW)
+                narrow_boxes(q_v_smem, 0, D_HALF // COLUMNS, up, q_v_ptr.dtype.element_ty)
+                score_scale = gl.expand_dims(down, 1) * score_scale  # [ROWS, 1]
             fence_async_shared()
             mbarrier.arrive(q_ready, count=1)
             all_begin, all_end = seen_by_all(
@@ -576,9 +584,6 @@ def consume_left(
                 seq, unit, first_seq, first_unit, part, kv_head, num_kv_heads, walk[5], gl.program_id(0),
                 ROWS, SCHEDULED,
             )  # fmt: skip
-            results_scale = None
-            if FP8:
-                results_scale = factor_of(v_descale, seq, kv_head)
             finish(
                 q_v_smem.index(0).slice(0, D_HALF, dim=1), acc, reference, row_sum, results_scale,
                 other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head, first_line,
@@ -598,7 +603,7 @@ def consume_left(
 def consume_right(
     q_v_smem, q_k_smem, v_smem, k_smem, limits_smem, reference0_smem, reference1_smem,
     own_sum_smem, other_sum_smem,
-    full, empty, q_ready, p0_ready, p1_ready, own_done, other_done,
+    maxima_smem, full, empty, q_seen, q_ready, p0_ready, p1_ready, own_done, other_done,
     walk, lengths, q_v_ptr, q_v, q_k_ptr, q_k, q_descale, k_descale, v_descale,
     sinks, out, lse, partial,
     softmax_scale, softcap, cp_rank, kv_head, num_kv_heads,
@@ -634,29 +639,34 @@ def consume_right(
             )  # fmt: skip
             num_rows = num_tokens * GROUP_SIZE
             score_scale = softmax_scale
+            results_scale = None
             if FP8:
-                score_scale, rope_scale = factors(
+                score_scale, rope_scale, results_scale = factors(
                     score_scale, q_descale, k_descale, v_descale, seq, kv_head, ONE_ROW
                 )
+                warpgroup_barrier()  # or they would be asked for behind the queries
+            queries = load_queries(
+                q_v_ptr + D_HALF, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF,
+                Q_VECTOR,
+            )  # fmt: skip
+            rope = load_queries(
+                q_k_ptr, q_k, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_K, Q_VECTOR
+            )
+            q_v_smem.index(0).slice(D_HALF, D_HALF, dim=1).store(queries.to(dtype, bitcast=True))
+            if not ONE_ROW:  # once more rounded, but for a factor of 1 or another power of two
+                rope = rope.to(gl.float32) * rope_scale
+                if not NARROWED:
+                    rope = rope.to(dtype)
             if NARROWED:
-                _left, rope, queries, up, down = load_whole_queries(
-                    q_v_ptr, q_v, q_k_ptr, q_k, rope_scale, q_start, first_row, num_rows, kv_head,
-                    GROUP_SIZE, ROWS, D_HALF, D_K, Q_VECTOR, ONE_ROW,
-                )  # fmt: skip
-                queries = scaled(queries, up, dtype)
-                rope = scaled(rope, up, dtype)
-                score_scale = gl.expand_dims(gl.convert_layout(down, ROW), 1) * score_scale  # [ROWS, 1]
-            else:
-                queries = load_queries(
-                    q_v_ptr + D_HALF, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF,
-                    Q_VECTOR,
-                )  # fmt: skip
-                rope = load_queries(
-                    q_k_ptr, q_k, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_K, Q_VECTOR
+                BOXES: gl.constexpr = D_HALF // COLUMNS
+                most = largest_of_boxes(q_v_smem, BOXES, BOXES, q_v_ptr.dtype.element_ty)
+                most = gl.maximum(
+                    most, gl.convert_layout(largest(rope), most.type.layout, assert_trivial=True)
                 )
-                if not ONE_ROW:  # once more rounded, but for a factor of 1 or another power of two
-                    rope = (rope.to(gl.float32) * rope_scale).to(dtype)
-            q_v_smem.index(0).slice(D_HALF, D_HALF, dim=1).store(queries)
+                up, down = agree_on_powers(1, most, maxima_smem, q_seen, turn, ROW)
+                narrow_boxes(q_v_smem, BOXES, BOXES, up, q_v_ptr.dtype.element_ty)
+                rope = scaled(rope, up, dtype)
+                score_scale = gl.expand_dims(down, 1) * score_scale  # [ROWS, 1]
             q_k_smem.index(0).store(rope)
             fence_async_shared()
             mbarrier.arrive(q_ready, count=1)
@@ -727,9 +737,6 @@ def consume_right(
                 seq, unit, first_seq, first_unit, part, kv_head, num_kv_heads, walk[5], gl.program_id(0),
                 ROWS, SCHEDULED,
             )  # fmt: skip
-            results_scale = None
-            if FP8:
-                results_scale = factor_of(v_descale, seq, kv_head)
             finish(
                 q_v_smem.index(0).slice(D_HALF, D_HALF, dim=1), acc, reference, row_sum, results_scale,
                 other_sum_smem.load(ROW), whole, q_start, first_row, num_rows, kv_head, first_line,
@@ -844,6 +851,7 @@ def mla_wide_kernel(
     if SEQUENCES > 0:
         walk = with_own_part(walk, lengths, GROUP_SIZE, HAS_LEFT and HAS_RIGHT and not SHARDED, SEQUENCES)
     # The left warpgroup has more values under way at once, and needs a little more.
+    none = reference0_smem  # no maxima of queries, nor a barrier for them: nobody looks at them
     gl.warp_specialize([
         (produce, (
             v_smem, k_smem, full, empty, q_ready, walk, lengths, k_base, k, v_base, v, maps, table, kv_head,
@@ -853,7 +861,7 @@ def mla_wide_kernel(
         (consume_left, (
             q_v_smem, q_k_smem, v_smem, k_smem, limits0_smem, reference0_smem, reference1_smem,
             sum0_smem, sum1_smem,
-            full, empty, q_ready, p0_ready, p1_ready, done0, done1,
+            none, full, empty, q_ready, q_ready, p0_ready, p1_ready, done0, done1,
             walk, lengths, latent_ptr, latent, q_ptr + K_AT, rope, None, None, None,
             sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
@@ -863,7 +871,7 @@ def mla_wide_kernel(
         (consume_right, (
             q_v_smem, q_k_smem, v_smem, k_smem, limits1_smem, reference0_smem, reference1_smem,
             sum1_smem, sum0_smem,
-            full, empty, q_ready, p0_ready, p1_ready, done1, done0,
+            none, full, empty, q_ready, q_ready, p0_ready, p1_ready, done1, done0,
             walk, lengths, latent_ptr, latent, q_ptr + K_AT, rope, None, None, None,
             sinks, out, lse, partial,
             softmax_scale, softcap, cp_rank, kv_head, gl.num_programs(1),
