@@ -127,6 +127,20 @@ def test_a_library_that_does_not_fit_is_absent(
         folder.load_library(tmp_path, file)
 
 
+def test_a_packed_library_is_unpacked_once_and_no_other_of_its_name_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    loaded: list[Path] = []
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(Path(path)))
+    for version in (b"one", b"another", b"one"):
+        (tmp_path / "library.so.xz").write_bytes(lzma.compress(version))
+        folder.load_library(tmp_path, "library.so.xz")
+        assert loaded[-1].read_bytes() == version
+    assert loaded[0] == loaded[2] != loaded[1]
+    assert sorted(tmp_path.iterdir()) == sorted({*loaded, tmp_path / "library.so.xz"})
+
+
 # What is refused before anything is called.
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import lzma
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,14 +29,23 @@ def load_library(folder: Path | None, file: str) -> None:
     if folder is None or not (path := folder / file).exists():
         raise Absent(f"no {file}: pass the folder of peers, which get_peers fills")
     if path.suffix == ".xz":
-        unpacked = Path(tempfile.gettempdir()) / path.stem
-        if not unpacked.exists():
-            unpacked.write_bytes(lzma.decompress(path.read_bytes()))
-        path = unpacked
+        path = _unpacked(path)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise Absent(str(error)) from None
+
+
+def _unpacked(path: Path) -> Path:
+    """What is packed in a file, once for all processes: under a name that another version does not have."""
+    packed = path.read_bytes()
+    unpacked = Path(tempfile.gettempdir()) / f"{hashlib.sha256(packed).hexdigest()[:16]}-{path.stem}"
+    if not unpacked.exists():
+        with tempfile.NamedTemporaryFile(dir=unpacked.parent, delete=False) as whole:
+            whole.write(lzma.decompress(packed))
+        os.chmod(whole.name, 0o644)
+        os.replace(whole.name, unpacked)  # at once: who comes in between must not load a part
+    return unpacked
 
 
 def load_wheels(folder: Path | None, package: str) -> None:
