@@ -128,7 +128,7 @@ def scale_groups(problem: Problem) -> tuple[int, ...]:
 def ring_slots(problem: Problem, m: int, shared_bytes: int) -> int:
     """Pieces of fp8 tiles on their way to the narrow kernel: what room its 16-bit tiles and queries leave.
 
-    A rope piece comes with every tile that has begun.
+    A tile that has begun has a place for its rope piece, too.
     """
     p, itemsize = problem, problem.dtype.itemsize
     taken = 2 * STEP * (p.d_v + m) * itemsize  # tiles, weights

@@ -71,6 +71,12 @@ def largest(queries):
 
 
 @gluon.jit
+def larger(most, queries):
+    """``most``, or the largest size of each row where that is larger; both have a row in the same threads."""
+    return gl.maximum(most, gl.convert_layout(largest(queries), most.type.layout, assert_trivial=True))
+
+
+@gluon.jit
 def powers_of_two(most):
     """Powers of two that bring rows near the end of fp16's range, and back, by the most that they hold."""
     exponent = gl.maximum((most.to(gl.int32, bitcast=True) >> 23) & 255, 15)

@@ -37,6 +37,7 @@ from anystride.kernels.fp8_sm90 import (
     copy_scales,
     factor_of,
     in_operand_order,
+    larger,
     largest,
     load_operand,
     powers_of_two,
@@ -155,8 +156,7 @@ def store_queries(
     else:
         most = largest(left)
         if RIGHT > 0:
-            same = gl.convert_layout(largest(right), gl.SliceLayout(1, left.type.layout), assert_trivial=True)
-            most = gl.maximum(most, same)
+            most = larger(most, right)
         up, down = powers_of_two(most)
         left = scaled(left, up, q_tile.dtype)
         if RIGHT > 0:

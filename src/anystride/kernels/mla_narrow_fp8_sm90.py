@@ -42,6 +42,7 @@ from anystride.kernels.fp8_sm90 import (
     copy_scales,
     factor_of,
     in_operand_order,
+    larger,
     largest,
     operand_layout,
     scaled,
@@ -339,7 +340,7 @@ def consume(
             v_factor = factor_of(v_descale, seq, kv_head)
             if ONE_ROW:
                 score_scale *= k_factor
-            warpgroup_barrier()  # or they would be asked for behind the queries
+            warpgroup_barrier()  # or the compiler would ask for the factors behind the queries
             # Each warpgroup brings a half of the queries.
             q_tile = q_v_smem.index(0)
             # bfloat16 has numbers that float16 has not: rows are brought into its range.
@@ -361,11 +362,9 @@ def consume(
                         D_V1, Q_VECTOR,
                     )  # fmt: skip
                 if NARROWED:
-                    SAME_ROW: gl.constexpr = gl.SliceLayout(1, rope.type.layout)
                     most = largest(rope)
                     if D_V1 > 0:
-                        same = gl.convert_layout(largest(right), SAME_ROW, assert_trivial=True)
-                        most = gl.maximum(most, same)
+                        most = larger(most, right)
                     up, down = agree_on_powers(W, most, maxima_smem, q_seen, turn, ROW)
                     rope = scaled(rope, up, q_tile.dtype)
                     if D_V1 > 0:
@@ -384,8 +383,8 @@ def consume(
                 first_row, num_rows, num_tokens, total, first_key, key_end, walk,
                 GROUP_SIZE, TILE_M, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
-            accs = (gl.zeros([PIECE, TILE_M], gl.float32, LAYOUT),)
-            for _j in gl.static_range(PIECES - 1):
+            accs = ()
+            for _j in gl.static_range(PIECES):
                 accs = accs + (gl.zeros([PIECE, TILE_M], gl.float32, LAYOUT),)
             row_max = gl.full([TILE_M], float("-inf"), gl.float32, ROW)
             prob_sum = gl.zeros([TILE, TILE_M], gl.float32, LAYOUT)  # summed over keys at the end only

@@ -184,10 +184,11 @@ def fill_tile(
     """
     FIRST: gl.constexpr = LEFT0 if T == 0 else RIGHT1
     SECOND: gl.constexpr = RIGHT0 if T == 0 else LEFT1
+    fp8: gl.constexpr = v_ptr.dtype.element_ty
     K_BYTES: gl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
     phase = (pairs & 1) ^ 1
     mbarrier.wait(empty[FIRST], phase)
-    store_quarter(v_boxes, queue, 0, T, GROUPS, v_ptr.dtype.element_ty, dtype)
+    store_quarter(v_boxes, queue, 0, T, GROUPS, fp8, dtype)
     mbarrier.arrive(full[2 * FIRST], count=PRODUCERS)
     later = load_quarter(starts, scale_starts, mask, scales, 2, T, D_V, GROUPS)
     if V_AT >= 0:
@@ -196,7 +197,7 @@ def fill_tile(
         rows = row_offsets(block, positions, k_start, k, K_VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE)
         k_starts = (k_ptr + rows).to(gl.pointer_type(gl.int32), bitcast=True)
         rope = load_words(k_starts, mask, 0, COLUMNS // 4 * K_BYTES)
-    store_quarter(v_boxes, queue, 1, T, GROUPS, v_ptr.dtype.element_ty, dtype)
+    store_quarter(v_boxes, queue, 1, T, GROUPS, fp8, dtype)
     mbarrier.arrive(full[2 * FIRST + 1], count=PRODUCERS)
     queue = later + load_quarter(starts, scale_starts, mask, scales, 3, T, D_V, GROUPS)
     later_block, later_mask = find_blocks(
@@ -207,14 +208,14 @@ def fill_tile(
         positions, next_block, k_start, v_ptr, v, scales, kv_head, VECTOR, BLOCK_SIZE, BLOCKS_PER_PAGE, GROUPS
     )
     mbarrier.wait(empty[SECOND], phase)
-    store_quarter(v_boxes, queue, 2, T, GROUPS, v_ptr.dtype.element_ty, dtype)
+    store_quarter(v_boxes, queue, 2, T, GROUPS, fp8, dtype)
     mbarrier.arrive(full[2 * SECOND], count=PRODUCERS)
     if K_BYTES > 1:
         k_boxes.index(T).store(rope)
     else:
-        store_words(k_boxes.index(T), rope, rope, False, v_ptr.dtype.element_ty, dtype)
+        store_words(k_boxes.index(T), rope, rope, False, fp8, dtype)
     later = load_quarter(starts, scale_starts, next_mask, scales, 0, 1 - T, D_V, GROUPS)
-    store_quarter(v_boxes, queue, 3, T, GROUPS, v_ptr.dtype.element_ty, dtype)
+    store_quarter(v_boxes, queue, 3, T, GROUPS, fp8, dtype)
     mbarrier.arrive(full[2 * SECOND + 1], count=PRODUCERS)
     queue = later + load_quarter(starts, scale_starts, next_mask, scales, 1, 1 - T, D_V, GROUPS)
     # Too little fits into registers to hide all of memory's latency.

@@ -44,7 +44,7 @@ from anystride.kernels.combine_sm90 import combine_cut_units
 from anystride.kernels.fp8_sm90 import (
     agree_on_powers,
     factors,
-    largest,
+    larger,
     largest_of_boxes,
     narrow_boxes,
     scaled,
@@ -489,12 +489,12 @@ def consume_left(
                 score_scale, rope_scale, results_scale = factors(
                     score_scale, q_descale, k_descale, v_descale, seq, kv_head, ONE_ROW
                 )
-                warpgroup_barrier()  # or they would be asked for behind the queries
+                warpgroup_barrier()  # or the compiler would ask for the factors behind the queries
             queries = load_queries(
                 q_v_ptr, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF, Q_VECTOR
             )
-            queries = queries.to(dtype, bitcast=True)
-            q_v_smem.index(0).slice(0, D_HALF, dim=1).store(queries)
+            # Those that are narrowed are narrowed where they lie.
+            q_v_smem.index(0).slice(0, D_HALF, dim=1).store(queries.to(dtype, bitcast=True))
             if NARROWED:
                 most = largest_of_boxes(q_v_smem, 0, D_HALF // COLUMNS, q_v_ptr.dtype.element_ty)
                 up, down = agree_on_powers(0, most, maxima_smem, q_seen, turn, ROW)
@@ -644,7 +644,7 @@ def consume_right(
                 score_scale, rope_scale, results_scale = factors(
                     score_scale, q_descale, k_descale, v_descale, seq, kv_head, ONE_ROW
                 )
-                warpgroup_barrier()  # or they would be asked for behind the queries
+                warpgroup_barrier()  # or the compiler would ask for the factors behind the queries
             queries = load_queries(
                 q_v_ptr + D_HALF, q_v, q_start, first_row, num_rows, kv_head, GROUP_SIZE, ROWS, D_HALF,
                 Q_VECTOR,
@@ -660,10 +660,7 @@ def consume_right(
             if NARROWED:
                 BOXES: gl.constexpr = D_HALF // COLUMNS
                 most = largest_of_boxes(q_v_smem, BOXES, BOXES, q_v_ptr.dtype.element_ty)
-                most = gl.maximum(
-                    most, gl.convert_layout(largest(rope), most.type.layout, assert_trivial=True)
-                )
-                up, down = agree_on_powers(1, most, maxima_smem, q_seen, turn, ROW)
+                up, down = agree_on_powers(1, larger(most, rope), maxima_smem, q_seen, turn, ROW)
                 narrow_boxes(q_v_smem, BOXES, BOXES, up, q_v_ptr.dtype.element_ty)
                 rope = scaled(rope, up, dtype)
                 score_scale = gl.expand_dims(down, 1) * score_scale  # [ROWS, 1]

@@ -112,14 +112,25 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
 
 
+def _factors(kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The scales that are given, for a whole tensor each if the kernel is to take them: float32, by name."""
+    given = {name: kwargs.get(f"{name}_descale") for name in "qkv"}
+    return {
+        name: torch.as_tensor(factor, dtype=torch.float32, device=kwargs["q"].device)
+        for name, factor in given.items()
+        if factor is not None
+    }
+
+
 def _decode(kwargs: dict[str, Any]) -> Call:
     refuse_but(kwargs, "softcap", "q_descale", "k_descale", "v_descale")
     q, k, v = kwargs["q"], four_dims(kwargs["k"], "k"), four_dims(kwargs["v"], "v")
     is_mla = k.shape[2] == 1 and k.data_ptr() == v.data_ptr() and k.shape[3] > v.shape[3]
     demand({"one query token of each sequence": set(query_counts(kwargs)) == {1}})
-    factors = [torch.as_tensor(kwargs.get(f"{name}_descale", 1.0), device=q.device) for name in "kvq"]
-    demand({"one scale for a whole cache": all(factor.numel() == 1 for factor in factors)})
-    scale = kwargs["softmax_scale"] * float(factors.pop())  # it has no argument for that of the queries
+    factors = _factors(kwargs)
+    demand({"one scale for a whole cache": all(factor.numel() == 1 for factor in factors.values())})
+    # It has no argument for the scale of the queries.
+    scale = kwargs["softmax_scale"] * float(factors.pop("q", 1.0))
     module = sys.modules[f"{OPS.replace('/', '.')}.triton_decode_attention"]
     rows, total = int(kwargs["cu_seqlens_q"][-1]), q.shape[0]
     q = q[:rows]
@@ -129,7 +140,8 @@ def _decode(kwargs: dict[str, Any]) -> Call:
     out = torch.empty(total, q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(total, q.shape[1], dtype=torch.float32, device=q.device)
     logits = torch.empty(rows, q.shape[1], splits, v.shape[3] + 1, dtype=torch.float32, device=q.device)
-    scales = [factor.float().reshape(()) for factor in factors]
+    one = torch.ones((), device=q.device)
+    scales = [factors.get(name, one).reshape(()) for name in "kv"]
 
     def run() -> tuple[Tensor, Tensor | None]:
         module.decode_attention_fwd(
@@ -150,8 +162,7 @@ def _unified(kwargs: dict[str, Any]) -> Call:
     q, k, v = kwargs["q"], four_dims(kwargs["k"], "k"), four_dims(kwargs["v"], "v")
     left, right = kwargs.get("window_size") or (-1, -1)
     causal = bool(kwargs.get("causal", False))
-    given = {name: kwargs.get(f"{name}_descale") for name in "qkv"}
-    factors = {n: torch.as_tensor(x, dtype=torch.float32) for n, x in given.items() if x is not None}
+    factors = _factors(kwargs)
     demand(
         {
             "one scale for a whole cache": all(factor.numel() == 1 for factor in factors.values()),
@@ -166,9 +177,7 @@ def _unified(kwargs: dict[str, Any]) -> Call:
     batch, heads, kv_heads = kwargs["cu_seqlens_q"].shape[0] - 1, q.shape[1], k.shape[2]
     # The scale of queries that are not fp8 is not looked at there: it goes into the softmax's.
     scale = kwargs["softmax_scale"] * float(factors.pop("q", 1.0))
-    descales = [
-        factors[name].to(q.device).expand(batch, kv_heads) if name in factors else None for name in "qkv"
-    ]
+    descales = [factors[name].expand(batch, kv_heads) if name in factors else None for name in "qkv"]
     if not by_rows and k.itemsize == 1:
         mode = KVQuantMode.FP8_PER_TENSOR
     # vllm/v1/attention/backends/triton_attn.py: up to 128 programs are cut into 16 segments.
